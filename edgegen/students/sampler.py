@@ -1,0 +1,116 @@
+"""The sampling schedule, folded: a few coefficients a step, derived from the scheduler's own configuration.
+
+Every deterministic few-step scheduler is, for fixed steps, the same three lines:
+
+    prediction = denoiser(input_scale * x, timestep, context)
+    x = sample * x + prediction_weight * prediction + noise_weight * fresh noise
+    decoder_input = scale * x + shift
+
+Nothing downstream (runtime, apps, verification) knows more about the scheduler than this table.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+
+class SamplerStep(BaseModel):
+    """One step: x <- sample * x + prediction * denoiser(input_scale * x, timestep) + noise * fresh normal noise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    timestep: float
+    input_scale: float = 1.0
+    sample: float
+    prediction: float
+    noise: float = 0.0
+
+
+class SamplerConfig(BaseModel):
+    """A scheduler and the times at which a student was distilled.
+
+    `times` maps a number of steps to where each step starts: sigmas in 0..1 for `flow_match_euler`, training
+    timesteps for
+    `ddim` and `lcm`. A step ends where the next one starts; the last one at sigma 0, or at `final_alpha`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scheduler: Literal["flow_match_euler", "ddim", "lcm"]
+    prediction_type: Literal["velocity", "epsilon", "sample", "v_prediction"]
+    times: dict[int, tuple[float, ...]]
+    default_steps: int
+    num_train_timesteps: int = 1000
+    beta_schedule: Literal["linear", "scaled_linear"] = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    final_alpha: Literal["one", "first"] = "one"
+    """Where the last VP step ends: alpha-bar 1 (x0 itself) or the schedule's first alpha-bar, as `set_alpha_to_one`
+    says."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplerConfig:
+        if self.default_steps not in self.times:
+            raise ValueError(f"default_steps {self.default_steps} is not among the steps {sorted(self.times)}")
+        for steps, times in self.times.items():
+            if len(times) != steps:
+                raise ValueError(f"{steps} steps need {steps} times, got {len(times)}")
+            if any(a <= b for a, b in pairwise(times)):
+                raise ValueError(f"times of {steps} steps must fall: {times}")
+        if (self.scheduler == "flow_match_euler") != (self.prediction_type == "velocity"):
+            raise ValueError("prediction_type velocity belongs to flow_match_euler and to it alone")
+        return self
+
+    def alpha_bars(self) -> list[float]:
+        """Cumulative product of 1 - beta over the training timesteps (Ho et al. 2020; scaled_linear: Rombach et al.
+        2022)."""
+        n = self.num_train_timesteps
+        product, bars = 1.0, []
+        for i in range(n):
+            ratio = i / (n - 1)
+            if self.beta_schedule == "linear":
+                beta = self.beta_start + ratio * (self.beta_end - self.beta_start)
+            else:
+                root = math.sqrt(self.beta_start) + ratio * (math.sqrt(self.beta_end) - math.sqrt(self.beta_start))
+                beta = root * root
+            product *= 1.0 - beta
+            bars.append(product)
+        return bars
+
+    def table(self, steps: int) -> tuple[SamplerStep, ...]:
+        """The folded schedule for `steps` steps; KeyError if the student was not distilled for them."""
+        times = self.times[steps]
+        if self.scheduler == "flow_match_euler":
+            ends = (*times[1:], 0.0)
+            return tuple(
+                SamplerStep(timestep=now * self.num_train_timesteps, sample=1.0, prediction=after - now)
+                for now, after in zip(times, ends, strict=True)
+            )
+        bars = self.alpha_bars()
+        last = 1.0 if self.final_alpha == "one" else bars[0]
+        ends = (*(bars[int(t)] for t in times[1:]), last)
+        return tuple(self._vp_step(t, bars[int(t)], after) for t, after in zip(times, ends, strict=True))
+
+    def _vp_step(self, timestep: float, now: float, after: float) -> SamplerStep:
+        """x0 and eps as linear functions of (x, prediction), then DDIM's eq. 12 (arXiv 2010.02502) with eta 0."""
+        signal, sigma = math.sqrt(now), math.sqrt(1 - now)
+        x0, eps = {
+            "epsilon": ((1 / signal, -sigma / signal), (0.0, 1.0)),
+            "sample": ((0.0, 1.0), (1 / sigma, -signal / sigma)),
+            "v_prediction": ((signal, -sigma), (sigma, signal)),
+        }[self.prediction_type]
+        to_signal, to_sigma = math.sqrt(after), math.sqrt(1 - after)
+        if self.scheduler == "lcm":
+            # Consistency sampling (arXiv 2310.04378): jump to x0, then disturb it with fresh noise.
+            return SamplerStep(
+                timestep=timestep, sample=to_signal * x0[0], prediction=to_signal * x0[1], noise=to_sigma
+            )
+        return SamplerStep(
+            timestep=timestep,
+            sample=to_signal * x0[0] + to_sigma * eps[0],
+            prediction=to_signal * x0[1] + to_sigma * eps[1],
+        )

@@ -1,0 +1,1 @@
+"""`shapes`: the demo student, its world and the judge of its pictures."""

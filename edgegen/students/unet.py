@@ -1,0 +1,252 @@
+"""Latent denoiser: the conditional UNet of Stable Diffusion, and SDXS's variant of it without a mid block.
+
+Parameter names and arithmetic are those of diffusers' `UNet2DConditionModel`, so a state dict moves either way; a test
+holds the two networks against each other. Only what few-step students use is here: no dropout, no class embedding,
+no guidance embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+
+class UNetConfig(BaseModel):
+    """Shape of the network; the field names are those of diffusers' `config.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sample_size: int
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280)
+    cross_attention: tuple[bool, ...] = (False, True, True)
+    layers_per_block: int = 1
+    num_heads: int = 8
+    cross_attention_dim: int = 768
+    norm_num_groups: int = 32
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
+def timestep_features(timestep: Tensor, channels: int) -> Tensor:
+    """Sinusoidal features of `timestep` [B] -> [B, channels], cosines first, always computed in fp32.
+
+    The arguments reach 1000 rad: half precision there is noise, so the caller casts the result, not the argument.
+    """
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=timestep.device))
+    angles = timestep.float()[:, None] * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-5)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-5)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def _split(self, x: Tensor) -> Tensor:
+        batch, length, dim = x.shape
+        return x.view(batch, length, self.heads, dim // self.heads).transpose(1, 2)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, inner * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, ratio: int = 4) -> None:
+        super().__init__()
+        # Index 1 is diffusers' dropout: kept as an empty place so that the names of the weights agree.
+        self.net = nn.ModuleList([GEGLU(dim, dim * ratio), nn.Identity(), nn.Linear(dim * ratio, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, dim: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, context_dim, heads)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """diffusers' `Transformer2DModel` with one block and 1x1 conv projections."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = h.transpose(1, 2).reshape(batch, channels, height, width)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Module):
+    """One level of the UNet: `resnets`, an attention after each where `heads` is given, then a resampler."""
+
+    def __init__(
+        self,
+        resnet_channels: Sequence[tuple[int, int]],
+        time_dim: int,
+        groups: int,
+        attention: tuple[int, int] | None,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(i, o, time_dim, groups) for i, o in resnet_channels])
+        self.attentions: nn.ModuleList | None = None
+        if attention is not None:
+            context_dim, heads = attention
+            self.attentions = nn.ModuleList(
+                [SpatialTransformer(o, context_dim, heads, groups) for _, o in resnet_channels]
+            )
+        self.downsamplers: nn.ModuleList | None = None
+        self.upsamplers: nn.ModuleList | None = None
+
+    def layer(self, index: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        x = self.resnets[index](x, time)
+        return x if self.attentions is None else self.attentions[index](x, context)
+
+
+class UNet(nn.Module):
+    """Denoiser: (latent [B, C, H, W], timestep [B], context [B, L, D]) -> prediction [B, C, H, W].
+
+    Follows Rombach et al. 2022 (arXiv 2112.10752) without a mid block, as SDXS does (arXiv 2403.16627).
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        time_dim = widths[0] * 4
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], time_dim)
+
+        def attention(level: int) -> tuple[int, int] | None:
+            return (config.cross_attention_dim, config.num_heads) if config.cross_attention[level] else None
+
+        skips, channels = [widths[0]], widths[0]
+        self.down_blocks = nn.ModuleList()
+        for level, width in enumerate(widths):
+            pairs = [(channels if i == 0 else width, width) for i in range(config.layers_per_block)]
+            stage = Stage(pairs, time_dim, groups, attention(level))
+            skips += [width] * config.layers_per_block
+            if level < len(widths) - 1:
+                stage.downsamplers = nn.ModuleList([Downsample(width)])
+                skips.append(width)
+            self.down_blocks.append(stage)
+            channels = width
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            width, pairs = widths[level], []
+            for _ in range(config.layers_per_block + 1):
+                pairs.append((channels + skips.pop(), width))
+                channels = width
+            stage = Stage(pairs, time_dim, groups, attention(level))
+            if level > 0:
+                stage.upsamplers = nn.ModuleList([Upsample(width)])
+            self.up_blocks.append(stage)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(self, latent: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        features = timestep_features(timestep, self.config.block_out_channels[0])
+        time = self.time_embedding(features.to(latent.dtype))
+        x = self.conv_in(latent)
+        skips = [x]
+        for stage in self.down_blocks:
+            assert isinstance(stage, Stage)
+            for i in range(len(stage.resnets)):
+                x = stage.layer(i, x, time, context)
+                skips.append(x)
+            if stage.downsamplers is not None:
+                x = stage.downsamplers[0](x)
+                skips.append(x)
+        for stage in self.up_blocks:
+            assert isinstance(stage, Stage)
+            for i in range(len(stage.resnets)):
+                x = stage.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
+            if stage.upsamplers is not None:
+                x = stage.upsamplers[0](x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
