@@ -62,16 +62,41 @@ class NoiseSpec(_Model):
     order: Literal["C"] = "C"
 
 
+class OtherPrompt(_Model):
+    """What the denoiser says for another prompt at the same latents: the reference of conditioning sensitivity."""
+
+    prompt: str
+    input_ids: str
+    predictions: tuple[str, ...]
+
+
 class Fixture(_Model):
-    """Paths (relative to the bundle) of .npy files; `latents` holds the latent after each step."""
+    """One picture of the reference from prompt to pixels; values are paths, relative to the bundle, of .npy files.
+
+    `noise` is the initial latent, `latents` the latent after each step, `predictions` the denoiser's output at each
+    step, `image` the decoder's output, and `picture` the same as a PNG.
+    """
 
     prompt: str
     seed: int
     steps: int
     input_ids: str
+    context: str
     noise: str
+    predictions: tuple[str, ...]
     latents: tuple[str, ...]
+    image: str
     picture: str
+    other: OtherPrompt | None = None
+
+
+class ComponentFixture(_Model):
+    """One call of one component of a student that draws no picture: input and output name -> path of a .npy file."""
+
+    component: str
+    label: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
 
 
 class Gates(_Model):
@@ -97,12 +122,15 @@ class Manifest(_Model):
     artifacts: tuple[Artifact, ...]
     backends: tuple[str, ...]
     """In the target's order of preference."""
+    declined: dict[str, str] = {}
+    """Backend -> why this build has no artifact of it."""
     sampler: SamplerTable | None = None
     latent: LatentConfig | None = None
     noise: NoiseSpec | None = None
     tokenizer: str | None = None
     example_prompts: tuple[str, ...] = ()
     fixtures: tuple[Fixture, ...] = ()
+    component_fixtures: tuple[ComponentFixture, ...] = ()
     gates: Gates
     files: dict[str, FileEntry]
     """Every file except manifest.json, reports/ and report.html; paths are POSIX, relative, sorted."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edgegen.bundle.noise import normal
 from edgegen.errors import UsageError
 from edgegen.students.sampler import SamplerStep
 from edgegen.students.student import Student
+
+FloatArray = NDArray[np.float32]
+BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,10 @@ def draw(student: Student, prompts: list[str], seeds: list[int], steps: int) -> 
     records = list(denoise(student, context, seeds, steps))
     image: Tensor = student.components["decoder"].module(decoder_input(student, records[-1].latent_out))
     return image
+
+
+def draw_many(student: Student, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Iterator[FloatArray]:
+    """Pictures [3, H, W] one by one, drawn in batches of 32."""
+    for start in range(0, len(prompts), BATCH):
+        rows = slice(start, start + BATCH)
+        yield from draw(student, list(prompts[rows]), list(seeds[rows]), steps).numpy()

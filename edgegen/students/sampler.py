@@ -34,8 +34,7 @@ class SamplerConfig(BaseModel):
     """A scheduler and the times at which a student was distilled.
 
     `times` maps a number of steps to where each step starts: sigmas in 0..1 for `flow_match_euler`, training
-    timesteps for
-    `ddim` and `lcm`. A step ends where the next one starts; the last one at sigma 0, or at `final_alpha`.
+    timesteps for `ddim` and `lcm`. A step ends where the next one starts; the last one at sigma 0, or at `final_alpha`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +50,9 @@ class SamplerConfig(BaseModel):
     final_alpha: Literal["one", "first"] = "one"
     """Where the last VP step ends: alpha-bar 1 (x0 itself) or the schedule's first alpha-bar, as `set_alpha_to_one`
     says."""
+    initial_scale: float = 1.0
+    """Unit noise times this is what the first step starts from; Euler's schedules start below 1. Folded into that
+    step."""
 
     @model_validator(mode="after")
     def _check(self) -> SamplerConfig:
@@ -83,7 +85,12 @@ class SamplerConfig(BaseModel):
 
     def table(self, steps: int) -> tuple[SamplerStep, ...]:
         """The folded schedule for `steps` steps; KeyError if the student was not distilled for them."""
-        times = self.times[steps]
+        first, *rest = self._unscaled(self.times[steps])
+        scale = self.initial_scale
+        start = first.model_copy(update={"input_scale": scale * first.input_scale, "sample": scale * first.sample})
+        return (start, *rest)
+
+    def _unscaled(self, times: tuple[float, ...]) -> tuple[SamplerStep, ...]:
         if self.scheduler == "flow_match_euler":
             ends = (*times[1:], 0.0)
             return tuple(

@@ -30,6 +30,9 @@ class UNetConfig(BaseModel):
     num_heads: int = 8
     cross_attention_dim: int = 768
     norm_num_groups: int = 32
+    coordinates: bool = False
+    """Two constant input channels, x and y in -1..1, beside the latent (CoordConv, arXiv 1807.03247): a small network
+    without a mid block takes very long to learn from its zero padding alone which side is left."""
 
 
 class TimeEmbedding(nn.Module):
@@ -200,7 +203,15 @@ class UNet(nn.Module):
         self.config = config
         widths, groups = config.block_out_channels, config.norm_num_groups
         time_dim = widths[0] * 4
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.coordinates: Tensor | None
+        if config.coordinates:
+            axis = (torch.arange(config.sample_size) + 0.5) / config.sample_size * 2 - 1
+            grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))[None]
+            self.register_buffer("coordinates", grid, persistent=False)
+        else:
+            self.coordinates = None
+        extra = 2 if config.coordinates else 0
+        self.conv_in = nn.Conv2d(config.in_channels + extra, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], time_dim)
 
         def attention(level: int) -> tuple[int, int] | None:
@@ -233,7 +244,11 @@ class UNet(nn.Module):
     def forward(self, latent: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         features = timestep_features(timestep, self.config.block_out_channels[0])
         time = self.time_embedding(features.to(latent.dtype))
-        x = self.conv_in(latent)
+        x = latent
+        if self.coordinates is not None:
+            grid = self.coordinates.to(latent.dtype).expand(latent.shape[0], -1, -1, -1)
+            x = torch.cat([latent, grid], dim=1)
+        x = self.conv_in(x)
         skips = [x]
         for stage in self.down_blocks:
             assert isinstance(stage, Stage)

@@ -2,18 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from edgegen.bundle.open import MANIFEST
+from edgegen.errors import UsageError
 from edgegen.students.shapes.grammar import Scene, held_back
 from edgegen.students.shapes.judge import shows
 
-Picture = NDArray[np.floating]
+Picture = NDArray[np.floating[Any]]
 Draw = Callable[[Sequence[str], Sequence[int]], Iterable[Picture]]
 """(prompts, seeds) -> one picture [3, 64, 64] in -1..1 for each."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that draws: a checkpoint through torch, or a bundle through one of its backends."""
+
+    name: str
+    steps: int
+    draw: Draw
+
+
+def subject_for(path: Path | None, steps: int | None, backend: str | None) -> Subject:
+    """The checkpoint or bundle at `path` (None: the student that ships), at `steps` (None: its default).
+
+    UsageError for a `backend` without a bundle and for steps that it was not distilled for.
+    """
+    if path is not None and (path / MANIFEST).is_file():
+        return _bundle(path, steps, backend)
+    if backend is not None:
+        raise UsageError("`--backend` is for bundles; a checkpoint is drawn with torch", hint="leave `--backend` out")
+    from edgegen.students.load import load
+    from edgegen.students.sample import draw_many, sampler_table
+    from edgegen.students.shapes.family import WEIGHTS
+
+    student = load(path or WEIGHTS)
+    if student.config.sampler is None:
+        raise UsageError(f"`{path}` draws no pictures", hint="evaluate a text-to-image student")
+    count = steps or student.config.sampler.default_steps
+    sampler_table(student, count)
+    return Subject(student.config.name, count, partial(draw_many, student, steps=count))
+
+
+def _bundle(path: Path, steps: int | None, backend: str | None) -> Subject:
+    from edgegen.bundle.open import open_bundle
+    from edgegen.bundle.run import Runtime
+
+    bundle = open_bundle(path)
+    runtime = Runtime(bundle, backend)
+    assert bundle.manifest.sampler is not None
+    count = steps or bundle.manifest.sampler.default_steps
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Picture]:
+        with runtime:
+            for prompt, seed in zip(prompts, seeds, strict=True):
+                yield runtime.generate(prompt, seed, count).decoded[0]
+
+    return Subject(f"{path} ({runtime.backend})", count, draw)
 
 
 class AlignmentReport(BaseModel):

@@ -38,6 +38,7 @@ DENOISER = UNetConfig(
     num_heads=4,
     cross_attention_dim=128,
     norm_num_groups=16,
+    coordinates=True,
 )
 DECODER = TinyDecoderConfig(width=48, num_blocks=(2, 2, 1))
 

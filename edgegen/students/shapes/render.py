@@ -54,7 +54,8 @@ def render(scene: Scene, rng: np.random.Generator) -> FloatArray:
         cover = np.clip(0.5 - distance, 0.0, 1.0)[None]
         colour = np.array(PALETTE[thing.colour], dtype=np.float32)[:, None, None] + rng.uniform(-8, 8)
         picture = picture * (1 - cover) + colour * cover
-    return (np.clip(picture, 0, 255) / 127.5 - 1).astype(np.float32)
+    drawn: FloatArray = (np.clip(picture, 0, 255) / 127.5 - 1).astype(np.float32)
+    return drawn
 
 
 def _centres(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:

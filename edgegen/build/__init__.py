@@ -1,0 +1,1 @@
+"""The compiler's main path: from a student and a target to a bundle, every stage in the order of the house."""

@@ -1,0 +1,89 @@
+"""What `edgegen build` does between its arguments and its result."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgegen.build.pipeline import Built, Progress, build_all, raise_for_failures
+from edgegen.build.recipe import BuildOptions, Recipe, resolve
+from edgegen.cache import Cache
+from edgegen.lower.backend import Precision
+from edgegen.students.load import load
+from edgegen.students.shrink import smoke_copy
+from edgegen.students.student import Student
+from edgegen.targets import load_target
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """The command line, parsed and not yet checked."""
+
+    model: Path
+    targets: tuple[str, ...]
+    output: Path | None = None
+    backends: tuple[str, ...] | None = None
+    precision: Precision | None = None
+    steps: int | None = None
+    require_full_delegation: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A loaded student and one resolved recipe a target: all that can be refused was refused."""
+
+    student: Student
+    recipes: tuple[Recipe, ...]
+
+
+def prepare(request: BuildRequest) -> Prepared:
+    """Targets are looked up before the model is opened, so that a typing error costs nothing."""
+    targets = [load_target(name) for name in request.targets]
+    student = load(request.model)
+    options = BuildOptions(request.backends, request.precision, request.steps, request.require_full_delegation)
+    recipes = [
+        resolve(student, target, options, _output(request, student, target.name, len(targets))) for target in targets
+    ]
+    return Prepared(student, tuple(recipes))
+
+
+def _output(request: BuildRequest, student: Student, target: str, targets: int) -> Path:
+    """`-o DIR` is the bundle for one target and the parent of `DIR/<target>` for several."""
+    if request.output is None:
+        return Path(f"{student.config.name}-{target}")
+    return request.output if targets == 1 else request.output / target
+
+
+def run(prepared: Prepared, progress: Progress, *, smoke: bool = False) -> list[Built]:
+    """Build every recipe; EdgegenError or GateError when something failed, after everything else was done."""
+    cache = Cache(None)
+    if smoke:
+        _smoke(prepared, cache, progress)
+    built = build_all(prepared.student, prepared.recipes, cache, progress)
+    raise_for_failures(built)
+    return built
+
+
+def _smoke(prepared: Prepared, cache: Cache, progress: Progress) -> None:
+    """All stages on the two-layer copy, in a folder that is thrown away; only its failures are of interest."""
+    small = smoke_copy(prepared.student)
+    folder = Path(tempfile.mkdtemp(prefix="edgegen-smoke-"))
+    try:
+        recipes: Sequence[Recipe] = [
+            recipe.model_copy(
+                update={
+                    "output": folder / recipe.target,
+                    "student": small.config.name,
+                    "student_sha256": small.fingerprint,
+                }
+            )
+            for recipe in prepared.recipes
+        ]
+        progress.note("smoke: a two-layer copy with random weights goes first")
+        raise_for_failures(build_all(small, recipes, cache, progress))
+        progress.note("smoke: passed")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

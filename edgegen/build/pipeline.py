@@ -1,0 +1,326 @@
+"""`build`: lower, verify, profile and bundle one student for one target after another, sharing what they share."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+import edgegen
+from edgegen.build.lowering import LoweredComponent, LowerFailure, LowerJob, lower_all, tool_versions
+from edgegen.build.recipe import Recipe
+from edgegen.bundle.manifest import (
+    Artifact,
+    ComponentIO,
+    Manifest,
+    NoiseSpec,
+    SamplerTable,
+)
+from edgegen.bundle.write import BundleContents, reserve, write_bundle
+from edgegen.cache import Cache
+from edgegen.errors import EdgegenError, GateError
+from edgegen.lower.backend import get_backend
+from edgegen.report.html import PictureRow, render
+from edgegen.report.summary import summarise
+from edgegen.students.student import Student
+from edgegen.verify import gates
+from edgegen.verify.fixtures import store
+from edgegen.verify.outcome import ComponentParity, Outcome, ParityReport
+from edgegen.verify.reference import reference
+from edgegen.verify.trajectory import Picture, Reference
+from edgegen.verify.worker import (
+    StoredReference,
+    Verified,
+    VerifyJob,
+    not_executable,
+    unexecuted,
+    verify_in_child,
+)
+
+
+class Progress(Protocol):
+    """Where a build says what it is doing; `edgegen.cli.console` has the one that people see."""
+
+    def stage(self, name: str, total: int) -> None: ...
+
+    def advance(self) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Built:
+    """One target's outcome: `path` is the bundle, or `<output>.failed` when a stage or a gate failed."""
+
+    recipe: Recipe
+    path: Path
+    manifest: Manifest
+    reports: tuple[ParityReport, ...]
+    failures: tuple[LowerFailure, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed; artifacts that this host cannot execute are told apart in `reports`."""
+        return not self.failures and not any(report.failed for report in self.reports)
+
+    def summary(self) -> dict[str, object]:
+        """For `--json`: where it is, and each backend's worst numbers."""
+        return {
+            "target": self.recipe.target,
+            "path": str(self.path),
+            "backends": {report.backend: summarise(self.manifest, report) for report in self.reports},
+        }
+
+
+@dataclass
+class _Shared:
+    """What every target of one build command uses: the reference is drawn once."""
+
+    student: Student
+    cache: Cache
+    progress: Progress
+    references: dict[int | None, Reference] = field(default_factory=dict)
+
+    def reference(self, steps: int | None) -> Reference:
+        if steps not in self.references:
+            self.progress.stage("reference in torch", 1)
+            self.references[steps] = reference(self.student, step_counts=step_counts(self.student, steps))
+            self.progress.advance()
+        return self.references[steps]
+
+
+def step_counts(student: Student, steps: int | None) -> tuple[int, ...] | None:
+    """Every step count of the student, the one that was asked for first; None for a student without a sampler."""
+    sampler = student.config.sampler
+    if sampler is None or steps is None:
+        return None
+    return (steps, *(count for count in sorted(sampler.times) if count != steps))
+
+
+def build_all(student: Student, recipes: Sequence[Recipe], cache: Cache, progress: Progress) -> list[Built]:
+    """Build one bundle a recipe. A recipe that fails does not stop the others; see `raise_for_failures`."""
+    shared = _Shared(student, cache, progress)
+    return [build(shared, recipe) for recipe in recipes]
+
+
+def raise_for_failures(built: Sequence[Built]) -> None:
+    """EdgegenError for what could not be lowered, else GateError with the table of gates that were not met."""
+    failures = [(result, failure) for result in built for failure in result.failures]
+    if failures:
+        lines = [f"{len(failures)} of the components could not be lowered"]
+        lines += [f"  {result.recipe.target}: {failure.error.message}" for result, failure in failures]
+        where = " and ".join(sorted({str(result.path) for result, _ in failures}))
+        raise EdgegenError("\n".join(lines), hint=f"what was made, with logs, is in {where}")
+    try:
+        gates.require([report for result in built for report in result.reports])
+    except GateError as error:
+        failed = " and ".join(f"`{result.path}`" for result in built if not result.passed)
+        raise GateError(error.message, hint=f"look at the pictures and tables in report.html of {failed}") from error
+
+
+def build(shared: _Shared, recipe: Recipe) -> Built:
+    """Build one bundle; it appears at the recipe's output only when every stage and gate was met."""
+    student, progress = shared.student, shared.progress
+    with reserve(recipe.output) as writer, tempfile.TemporaryDirectory(prefix="edgegen-build-") as folder:
+        work = Path(folder)
+        jobs = [
+            LowerJob(student.components[name], backend.name, backend.precision, backend.options)
+            for backend in recipe.backends
+            for name in recipe.components
+        ]
+        progress.stage(f"{recipe.target}: lower", len(jobs))
+        results = lower_all(jobs, student, shared.cache, work / "logs", lambda job: progress.advance())
+        lowered = [result for result in results if isinstance(result, LoweredComponent)]
+        failures = tuple(result for result in results if isinstance(result, LowerFailure))
+        truth = shared.reference(recipe.steps)
+        manifest = _manifest(student, recipe, lowered, truth, work)
+        verified = _verify(shared, recipe, manifest, lowered, truth, work)
+        manifest = manifest.model_copy(update={"artifacts": tuple(_executed(a, verified) for a in manifest.artifacts)})
+        built = Built(recipe, recipe.output, manifest, tuple(v.parity for v in verified.values()), failures)
+        progress.stage(f"{recipe.target}: bundle", 1)
+        contents = _contents(built, student, verified, lowered, truth, work)
+        if built.passed:
+            writer.write(contents)
+        else:
+            failed = recipe.output.with_name(f"{recipe.output.name}.failed")
+            built = dataclasses.replace(built, path=failed)
+            write_bundle(failed, contents)
+        progress.advance()
+        return built
+
+
+def _manifest(
+    student: Student, recipe: Recipe, lowered: Sequence[LoweredComponent], truth: Reference, work: Path
+) -> Manifest:
+    config = student.config
+    versions = {"edgegen": edgegen.__version__, "python": platform.python_version(), "numpy": np.__version__}
+    for backend in recipe.backends:
+        versions |= tool_versions(get_backend(backend.name))
+    fixtures, component_fixtures = store(truth, work)
+    table = None
+    if config.sampler is not None:
+        assert recipe.steps is not None
+        table = SamplerTable(
+            config=config.sampler,
+            default_steps=recipe.steps,
+            tables={count: config.sampler.table(count) for count in sorted(config.sampler.times)},
+        )
+    return Manifest(
+        name=config.name,
+        task=config.task,
+        student_sha256=student.fingerprint,
+        target=recipe.target,
+        target_sha256=recipe.target_sha256,
+        options=recipe.options(),
+        tool_versions=dict(sorted(versions.items())),
+        components={
+            name: ComponentIO(inputs=part.inputs, outputs=part.outputs) for name, part in student.components.items()
+        },
+        artifacts=tuple(_artifact(one) for one in lowered),
+        backends=tuple(backend.name for backend in recipe.backends),
+        declined=recipe.declined,
+        sampler=table,
+        latent=config.latent,
+        noise=NoiseSpec() if config.sampler is not None else None,
+        tokenizer="tokenizer/tokenizer.json" if student.tokenizer_json is not None else None,
+        example_prompts=config.example_prompts,
+        fixtures=fixtures,
+        component_fixtures=component_fixtures,
+        gates=recipe.gates,
+        files={},
+    )
+
+
+def _artifact(one: LoweredComponent) -> Artifact:
+    files = [one.path] if one.path.is_file() else [path for path in one.path.rglob("*") if path.is_file()]
+    return Artifact(
+        backend=one.job.backend,
+        component=one.job.component.name,
+        path=f"components/{one.job.backend}/{one.lowered.file}",
+        precision=one.job.precision,
+        bytes=sum(path.stat().st_size for path in files),
+        delegation=one.lowered.delegation,
+        details=one.lowered.details,
+        notes=one.lowered.notes,
+        executed=False,
+    )
+
+
+def _verify(
+    shared: _Shared,
+    recipe: Recipe,
+    manifest: Manifest,
+    lowered: Sequence[LoweredComponent],
+    truth: Reference,
+    work: Path,
+) -> dict[str, Verified]:
+    """Every backend's artifacts, executed where this host can; a backend with a component missing is not drawn with."""
+    stored = StoredReference(
+        root=work,
+        components=manifest.components,
+        fixtures=manifest.fixtures,
+        component_fixtures=manifest.component_fixtures,
+        sampler=manifest.sampler,
+        latent=manifest.latent,
+    )
+    shared.progress.stage(f"{recipe.target}: verify", len(recipe.backends))
+    verified = {}
+    for backend in recipe.backends:
+        mine = {one.job.component.name: one for one in lowered if one.job.backend == backend.name}
+        job = VerifyJob(
+            backend=backend.name,
+            precision=backend.precision,
+            artifacts={name: one.path for name, one in mine.items()},
+            delegations={name: one.lowered.delegation for name, one in mine.items()},
+            reference=stored,
+            gates=recipe.gates,
+            pictures=work / "pictures" / backend.name,
+        )
+        reason = not_executable(job)
+        if reason is not None:
+            verified[backend.name] = unexecuted(job, reason)
+            shared.progress.note(f"{backend.name}: not executed here: {reason}")
+        else:
+            found = verify_in_child(job, work / "logs" / f"{backend.name}-verify.log")
+            verified[backend.name] = Verified(parity=_with_blame(found.parity, mine, truth), profile=found.profile)
+        shared.progress.advance()
+    return verified
+
+
+def _with_blame(report: ParityReport, lowered: dict[str, LoweredComponent], truth: Reference) -> ParityReport:
+    """Ask each component that disagrees where it does; torch is at hand here, in the child it is not."""
+    from edgegen.graph.capture import capture
+    from edgegen.verify.blame import blame
+
+    def ask(part: ComponentParity) -> ComponentParity:
+        if part.outcome is not Outcome.MISMATCH:
+            return part
+        one = lowered[part.component]
+        said = blame(
+            get_backend(report.backend),
+            part.component,
+            one.path,
+            capture(one.job.component),
+            [spec.name for spec in one.job.component.inputs],
+            truth.samples[part.component],
+            report.gates.sqnr_db[report.precision],
+        )
+        return part.model_copy(update={"blame": said})
+
+    return report.model_copy(update={"components": tuple(ask(part) for part in report.components)})
+
+
+def _executed(artifact: Artifact, verified: Mapping[str, Verified]) -> Artifact:
+    parts = verified[artifact.backend].parity.components
+    part = next(part for part in parts if part.component == artifact.component)
+    ran = part.sqnr_db is not None
+    return artifact.model_copy(update={"executed": ran, "not_executed_because": None if ran else part.reason})
+
+
+def _pictures(truth: Reference, backends: Sequence[str], work: Path) -> list[PictureRow]:
+    """Reference and compiled pictures side by side, prompt by prompt."""
+
+    def load(path: Path) -> Picture:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+
+    rows: list[PictureRow] = []
+    for index, one in enumerate(truth.trajectories):
+        drawn = {name: work / "pictures" / name / f"{index:02d}.png" for name in backends}
+        compiled = {name: load(path) for name, path in drawn.items() if path.exists()}
+        label = f"{one.prompt} ({len(one.steps)} {'step' if len(one.steps) == 1 else 'steps'}, seed {one.seed})"
+        rows.append((label, one.picture, compiled))
+    return rows
+
+
+def _contents(
+    built: Built,
+    student: Student,
+    verified: Mapping[str, Verified],
+    lowered: Sequence[LoweredComponent],
+    truth: Reference,
+    work: Path,
+) -> BundleContents:
+    """Everything of the bundle, with the reports that say how it came about."""
+    files: dict[str, Path | bytes | str] = {"fixtures": work / "fixtures"}
+    if student.tokenizer_json is not None:
+        files["tokenizer/tokenizer.json"] = student.tokenizer_json
+    logs = {f"logs/{path.name}": path for path in sorted((work / "logs").glob("*.log"))}
+    logs |= {f"logs/{one.job.backend}-{one.job.component.name}.log": one.log for one in lowered}
+    profiles = {name: found.profile for name, found in verified.items() if found.profile is not None}
+    parity = {name: found.parity for name, found in verified.items()}
+    page = render(built.manifest, parity, profiles, _pictures(truth, list(verified), work), sorted(logs))
+    return BundleContents(
+        manifest=built.manifest,
+        artifacts=[(one.job.backend, one.entry / "artifact") for one in lowered],
+        files=files,
+        reports={**logs, "parity.json": parity, "profile.json": profiles},
+        report_html=page,
+    )

@@ -1,0 +1,105 @@
+"""`edgegen build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgegen.cli.console import Output, reporting
+
+if TYPE_CHECKING:
+    from edgegen.build.pipeline import Built
+    from edgegen.build.recipe import Recipe
+    from edgegen.lower.backend import Precision
+
+
+def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Comma-separated names; click.BadParameter for an empty one."""
+    if value is None:
+        return None
+    names = tuple(name.strip() for name in value.split(","))
+    if not all(names):
+        raise click.BadParameter("an empty name between commas")
+    return tuple(dict.fromkeys(names))
+
+
+@click.command("build")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--target", "targets", required=True, callback=_names, metavar="NAME[,NAME]", help="Device to build for.")
+@click.option(
+    "--output",
+    "-o",
+    "destination",
+    type=click.Path(path_type=Path),
+    help="Bundle folder; its parent for several targets.",
+)
+@click.option(
+    "--backend", "backends", callback=_names, metavar="NAME[,NAME]|all", help="Default: what the target prefers."
+)
+@click.option("--precision", type=click.Choice(["fp32", "fp16"]), help="Default: the target's, per backend.")
+@click.option("--steps", type=click.IntRange(min=1), help="Sampling steps that `run` takes by default.")
+@click.option("--require-full-delegation", is_flag=True, help="Exit 3 unless one delegate takes every op in one piece.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved recipe and stop.")
+@click.option("--smoke", is_flag=True, help="First run all of it on a two-layer copy of the student.")
+@reporting
+def command(
+    model: Path,
+    targets: tuple[str, ...],
+    destination: Path | None,
+    output: Output,
+    backends: tuple[str, ...] | None,
+    precision: Precision | None,
+    steps: int | None,
+    require_full_delegation: bool,
+    dry_run: bool,
+    smoke: bool,
+) -> None:
+    """Compile MODEL for a device: lower, execute, compare, measure, bundle.
+
+    MODEL is an edgegen .pt, a .safetensors with its config, a diffusers folder or a checked .pt2. The bundle appears
+    only when every gate is met; otherwise what was made goes to OUTPUT.failed.
+    """
+    from edgegen.build.command import BuildRequest, prepare, run
+
+    request = BuildRequest(
+        model=model,
+        targets=targets,
+        output=destination,
+        backends=backends,
+        precision=precision,
+        steps=steps,
+        require_full_delegation=require_full_delegation,
+    )
+    prepared = prepare(request)
+    if dry_run:
+        recipes = [recipe.model_dump(mode="json") for recipe in prepared.recipes]
+        output.report({"recipes": recipes}, lambda: "\n\n".join(_recipe_text(recipe) for recipe in prepared.recipes))
+        return
+    with output.progress() as progress:
+        built = run(prepared, progress, smoke=smoke)
+    output.report({"bundles": [one.summary() for one in built]}, lambda: "\n\n".join(_text(one) for one in built))
+
+
+def _recipe_text(recipe: Recipe) -> str:
+    lines = [f"{recipe.student} for {recipe.target} -> {recipe.output}"]
+    for backend in recipe.backends:
+        options = " ".join(f"{key}={value}" for key, value in backend.options.items())
+        lines.append(f"  build    {backend.name} {backend.precision} {options}".rstrip())
+    lines += [f"  decline  {name}: {reason}" for name, reason in recipe.declined.items()]
+    if recipe.steps is not None:
+        lines.append(f"  steps    {recipe.steps}")
+    gates = recipe.gates
+    used = sorted({backend.precision for backend in recipe.backends})
+    lines += [
+        f"  gates    {p}: SQNR >= {gates.sqnr_db[p]:g} dB, picture >= {gates.picture_psnr_db[p]:g} dB" for p in used
+    ]
+    lines.append(f"  gates    conditioning sensitivity within {gates.sensitivity_tolerance:.0%}")
+    return "\n".join(lines)
+
+
+def _text(built: Built) -> str:
+    from edgegen.report.summary import summary_table
+
+    return f"{summary_table(built.manifest, built.reports)}\n{built.path}"

@@ -1,0 +1,137 @@
+"""The thresholds an artifact must meet, and what happens when it does not: exit 3 with the table. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from edgegen.bundle.manifest import Gates
+from edgegen.errors import GateError
+from edgegen.lower.backend import Delegation
+from edgegen.verify.outcome import ComponentParity, FailedGate, Outcome, ParityReport, PictureParity, SensitivityStep
+
+
+def default_gates(*, require_full_delegation: bool = False) -> Gates:
+    """fp32 / fp16: SQNR >= 60 / 40 dB per component, picture PSNR >= 45 / 35 dB, sensitivity within 2 %."""
+    return Gates(
+        sqnr_db={"fp32": 60.0, "fp16": 40.0},
+        picture_psnr_db={"fp32": 45.0, "fp16": 35.0},
+        sensitivity_tolerance=0.02,
+        require_full_delegation=require_full_delegation,
+    )
+
+
+def meets(measured: float | None, required: float) -> bool:
+    """Whether a number was measured and reaches `required`; NaN never does."""
+    return measured is not None and not math.isnan(measured) and measured >= required
+
+
+def sensitivity_met(step: SensitivityStep, tolerance: float, sqnr_gate: float) -> bool:
+    """Ratio within `tolerance` of 1, and the direction as close as noise of that size leaves it.
+
+    Noise n (relative to the reference's difference) makes the ratio sqrt(1 + n^2) and the cosine 1 / sqrt(1 + n^2), so
+    the same tolerance bounds both. Where the reference ignores the prompt the artifact has to ignore it too: it may not
+    move by more than the noise that the SQNR gate allows.
+    """
+    if step.degenerate:
+        return step.compiled_std <= step.output_std * math.pow(10.0, -sqnr_gate / 20.0)
+    if step.ratio is None or step.cosine is None:
+        return False
+    return abs(step.ratio - 1.0) <= tolerance and step.cosine >= 1.0 / (1.0 + tolerance)
+
+
+def delegation_met(delegation: Delegation | None) -> bool:
+    """Whether one piece is known to take every op; unknown is not met."""
+    return delegation is not None and delegation.full
+
+
+def check(
+    gates: Gates,
+    precision: str,
+    components: Iterable[ComponentParity],
+    pictures: Iterable[PictureParity] = (),
+    sensitivity: Iterable[SensitivityStep] = (),
+) -> tuple[FailedGate, ...]:
+    """Every gate that was not met; an artifact that cannot be executed here can fail none but delegation."""
+    failed: list[FailedGate] = []
+    sqnr, psnr = gates.sqnr_db[precision], gates.picture_psnr_db[precision]
+    for part in components:
+        if part.outcome in (Outcome.LOWER_FAIL, Outcome.LOAD_FAIL, Outcome.RUN_FAIL):
+            measured = f"{part.outcome}: {part.reason}"
+            failed.append(FailedGate(gate="execution", subject=part.component, measured=measured, required="executes"))
+        elif part.outcome is not Outcome.NOT_EXECUTED and not meets(part.sqnr_db, sqnr):
+            measured = part.reason if part.sqnr_db is None and part.reason else decibels(part.sqnr_db)
+            failed.append(
+                FailedGate(gate="sqnr", subject=part.component, measured=measured, required=f">= {sqnr:g} dB")
+            )
+        if gates.require_full_delegation and not delegation_met(part.delegation):
+            measured = describe_delegation(part.delegation)
+            failed.append(
+                FailedGate(gate="delegation", subject=part.component, measured=measured, required="one piece, all ops")
+            )
+    for picture in pictures:
+        if not meets(picture.psnr_db, psnr):
+            subject = f"“{picture.prompt}”, {picture.steps} steps"
+            measured = decibels(picture.psnr_db)
+            failed.append(
+                FailedGate(gate="picture_psnr", subject=subject, measured=measured, required=f">= {psnr:g} dB")
+            )
+    for step in sensitivity:
+        if not sensitivity_met(step, gates.sensitivity_tolerance, sqnr):
+            subject = f"step {step.step} of {step.steps}, “{step.prompt_a}” against “{step.prompt_b}”"
+            required = f"1 ± {gates.sensitivity_tolerance:g}, same direction"
+            failed.append(
+                FailedGate(gate="sensitivity", subject=subject, measured=describe_sensitivity(step), required=required)
+            )
+    return tuple(failed)
+
+
+def require(reports: Sequence[ParityReport]) -> None:
+    """GateError with the table of what was not met and where reference and artifact part ways.
+
+    Artifacts that could not be executed here raise nothing, and are no pass either: see `ParityReport.status`.
+    """
+    broken = [report for report in reports if report.failed]
+    if not broken:
+        return
+    rows = [(r.backend, f.gate, f.subject, f.measured, f.required) for r in broken for f in r.failed]
+    count = "1 gate was" if len(rows) == 1 else f"{len(rows)} gates were"
+    lines = [f"{count} not met", "", *_table(("backend", "gate", "where", "measured", "required"), rows)]
+    for report in broken:
+        lines += [f"{report.backend}: {part.blame}" for part in report.components if part.blame]
+    raise GateError("\n".join(lines))
+
+
+def decibels(value: float | None) -> str:
+    """`52.1 dB`; `equal` for identical; `not finite` for NaN and what follows from it."""
+    if value is None:
+        return "not measured"
+    if math.isnan(value) or value == -math.inf:
+        return "not finite or no signal"
+    return "equal" if value == math.inf else f"{value:.1f} dB"
+
+
+def describe_sensitivity(step: SensitivityStep) -> str:
+    """The measured numbers of one step, in words."""
+    if step.degenerate:
+        return f"reference ignores the prompt (std {step.reference_std:.2g}), artifact std {step.compiled_std:.2g}"
+    if step.ratio is None or step.cosine is None:
+        return "not finite"
+    return f"ratio {step.ratio:.4f}, direction {step.cosine:.4f}"
+
+
+def describe_delegation(delegation: Delegation | None) -> str:
+    """How much the delegate takes, or why that is not known."""
+    if delegation is None or not delegation.known:
+        return "unknown" + (f": {delegation.note}" if delegation and delegation.note else "")
+    counts = f"{delegation.delegated_ops} of {delegation.total_ops} ops in {delegation.pieces} pieces"
+    outside = ", ".join(f"{op} x{n}" for op, n in sorted(delegation.undelegated.items(), key=lambda kv: -kv[1])[:4])
+    return f"{counts}; outside: {outside}" if outside else counts
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    made = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    ]
+    return [made[0], "  ".join("-" * width for width in widths), *made[1:]]

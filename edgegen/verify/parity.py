@@ -1,0 +1,261 @@
+"""Every artifact is run and held against the reference, per component, step and final picture. Imports no torch.
+
+Three questions, each of which the other two can miss:
+
+1. Is each component right on the inputs that the student itself produces? (SQNR, worst case)
+2. Does the compiled loop, left to itself, arrive at the same picture? (latent SQNR after each step, picture PSNR)
+3. Does the compiled denoiser listen to the prompt as much as the reference does, and in the same direction?
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgegen.bundle.manifest import Gates
+from edgegen.lower.backend import Array, Backend, Delegation, Executable, Precision
+from edgegen.verify.gates import check, default_gates, meets
+from edgegen.verify.metrics import psnr_db, sensitivity, sqnr_db
+from edgegen.verify.outcome import (
+    ComponentParity,
+    Outcome,
+    OutputParity,
+    ParityReport,
+    PictureParity,
+    SensitivityStep,
+    Unavailable,
+)
+from edgegen.verify.trajectory import Floats, Pair, Picture, Reference, Signature, Trajectory, to_picture
+
+
+class ArtifactError(Exception):
+    """An artifact broke its signature, or raised while running; becomes a typed outcome, never reaches a user."""
+
+    def __init__(self, outcome: Outcome, reason: str) -> None:
+        super().__init__(reason)
+        self.outcome = outcome
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class CompiledRun:
+    """The compiled loop's own trajectory: latent after each step, and the image [1, 3, H, W]."""
+
+    latents: tuple[Floats, ...]
+    image: Floats
+
+
+def load_executables(
+    backend: Backend, artifacts: Mapping[str, Path], signatures: Mapping[str, Signature]
+) -> dict[str, Executable | Unavailable]:
+    """Load what this host can execute; the rest is `Unavailable` with the reason, which `verify` takes as well."""
+    reason = backend.not_executed_here()
+    if reason is not None:
+        return {name: Unavailable(outcome=Outcome.NOT_EXECUTED, reason=reason) for name in artifacts}
+    loaded: dict[str, Executable | Unavailable] = {}
+    for name, path in artifacts.items():
+        try:
+            loaded[name] = backend.load(path, signatures[name].inputs, signatures[name].outputs)
+        except Exception as error:  # a runtime may raise anything on a file it does not like; the reason is reported
+            loaded[name] = Unavailable(outcome=Outcome.LOAD_FAIL, reason=_one_line(error))
+    return loaded
+
+
+def call(executable: Executable, signature: Signature, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Run one artifact; ArtifactError when it raises (RUN_FAIL) or breaks its signature (MISMATCH)."""
+    try:
+        out = executable({name: np.array(value) for name, value in inputs.items()})
+    except Exception as error:  # as above
+        raise ArtifactError(Outcome.RUN_FAIL, _one_line(error)) from error
+    for spec in signature.outputs:
+        if spec.name not in out:
+            found = ", ".join(f"`{name}`" for name in out) or "nothing"
+            raise ArtifactError(Outcome.MISMATCH, f"output `{spec.name}` is missing, found {found}")
+        value = np.asarray(out[spec.name])
+        if value.shape != spec.shape or value.dtype.name != spec.dtype:
+            gave, want = f"{value.dtype.name}{list(value.shape)}", f"{spec.dtype}{list(spec.shape)}"
+            raise ArtifactError(Outcome.MISMATCH, f"output `{spec.name}` is {gave}, its signature says {want}")
+    return out
+
+
+def compiled_run(reference: Reference, trajectory: Trajectory, executables: Mapping[str, Executable]) -> CompiledRun:
+    """Draw the trajectory's prompt from its noise with the artifacts alone. ArtifactError when one of them fails."""
+    signatures = reference.signatures
+    context = _first(executables, signatures, "text_encoder", trajectory.input_ids)
+    x, latents = trajectory.noise, []
+    with np.errstate(over="ignore", invalid="ignore"):  # an artifact that diverges is measured, not warned about
+        for step in trajectory.steps:
+            by = step.coefficients
+            time = np.array([by.timestep], dtype=np.float32)
+            scaled = np.float32(by.input_scale) * x
+            prediction = _first(executables, signatures, "denoiser", scaled, time, context)
+            x = np.float32(by.sample) * x + np.float32(by.prediction) * prediction
+            if step.noise is not None:
+                x = x + np.float32(by.noise) * step.noise
+            latents.append(x)
+        ready = np.float32(reference.latent_scale) * x + np.float32(reference.latent_shift)
+    return CompiledRun(tuple(latents), _first(executables, signatures, "decoder", ready))
+
+
+def verify(
+    reference: Reference,
+    executables: Mapping[str, Executable | Unavailable],
+    precision: Precision,
+    gates: Gates | None = None,
+    *,
+    backend: str,
+    delegations: Mapping[str, Delegation] | None = None,
+    blame: Callable[[str, float], str | None] | None = None,
+    on_picture: Callable[[Trajectory, Picture], None] | None = None,
+) -> ParityReport:
+    """Hold one backend's artifacts against `reference`; never raises for what an artifact does wrong.
+
+    A component missing from `executables` is LOWER_FAIL. `blame(component, sqnr gate)` is asked about each component
+    that fails; `on_picture` is given every picture that the compiled loop draws. `gates` defaults to `default_gates()`.
+    """
+    gates = gates or default_gates()
+    threshold = gates.sqnr_db[precision]
+    delegations = delegations or {}
+    parts = []
+    for name in reference.signatures:
+        missing = Unavailable(outcome=Outcome.LOWER_FAIL, reason="no artifact was made")
+        part = _component(reference, name, executables.get(name, missing), threshold)
+        part = _with_delegation(part, delegations.get(name), gates.require_full_delegation)
+        if blame is not None and part.outcome is Outcome.MISMATCH:
+            part = part.model_copy(update={"blame": blame(name, threshold)})
+        parts.append(part)
+    ready = {name: one for name, one in executables.items() if not isinstance(one, Unavailable)}
+    pictures: list[PictureParity] = []
+    moves: list[SensitivityStep] = []
+    notes: list[str] = []
+    runs = {part.component for part in parts if part.sqnr_db is not None}
+    if runs == set(reference.signatures):
+        try:
+            for one in reference.trajectories:
+                pictures.append(_picture(reference, one, ready, on_picture))
+            for pair in reference.pairs:
+                moves += _sensitivity(reference, pair, ready)
+        except ArtifactError as error:
+            # Right on the reference's inputs, wrong on its own: a failure of the loop, filed under the denoiser.
+            parts = [_failed_in_loop(part, error) if part.component == "denoiser" else part for part in parts]
+    elif reference.trajectories:
+        absent = ", ".join(f"`{part.component}`" for part in parts if part.sqnr_db is None)
+        notes.append(f"no picture was drawn and prompts were not compared: {absent} could not be measured")
+    if moves and all(move.degenerate for move in moves):
+        notes.append("the reference student itself ignores the prompt: sensitivity has no ratio to compare")
+    failed = check(gates, precision, parts, pictures, moves)
+    absent_here = any(part.outcome is Outcome.NOT_EXECUTED for part in parts)
+    return ParityReport(
+        backend=backend,
+        precision=precision,
+        status="failed" if failed else "not_executed" if absent_here else "passed",
+        components=tuple(parts),
+        pictures=tuple(pictures),
+        sensitivity=tuple(moves),
+        gates=gates,
+        failed=failed,
+        notes=tuple(notes),
+    )
+
+
+def _component(
+    reference: Reference, name: str, executable: Executable | Unavailable, threshold: float
+) -> ComponentParity:
+    if isinstance(executable, Unavailable):
+        return ComponentParity(component=name, outcome=executable.outcome, reason=executable.reason)
+    signature, samples = reference.signatures[name], reference.samples[name]
+    worst: dict[str, tuple[float, str]] = {}
+    for sample in samples:
+        try:
+            out = call(executable, signature, sample.inputs)
+        except ArtifactError as error:
+            reason = f"{error.reason} (at {sample.label})"
+            return ComponentParity(component=name, outcome=error.outcome, reason=reason)
+        for output, expected in sample.outputs.items():
+            value = sqnr_db(expected, out[output])
+            if output not in worst or value < worst[output][0]:
+                worst[output] = (value, sample.label)
+    outputs = tuple(
+        OutputParity(output=output, sqnr_db=value, worst_at=label, samples=len(samples))
+        for output, (value, label) in worst.items()
+    )
+    lowest = min((one.sqnr_db for one in outputs), default=-math.inf)
+    outcome = Outcome.SUCCESS if meets(lowest, threshold) else Outcome.MISMATCH
+    return ComponentParity(component=name, outcome=outcome, sqnr_db=lowest, outputs=outputs)
+
+
+def _with_delegation(part: ComponentParity, delegation: Delegation | None, required: bool) -> ComponentParity:
+    update: dict[str, object] = {"delegation": delegation}
+    nothing = delegation is not None and delegation.known and delegation.delegated_ops == 0
+    lacking = required and not (delegation is not None and delegation.full)
+    if part.outcome is Outcome.SUCCESS and (nothing or lacking):
+        update["outcome"] = Outcome.UNDELEGATED
+    return part.model_copy(update=update)
+
+
+def _failed_in_loop(part: ComponentParity, error: ArtifactError) -> ComponentParity:
+    return part.model_copy(update={"outcome": Outcome.RUN_FAIL, "reason": f"{error.reason} (in the compiled loop)"})
+
+
+def _picture(
+    reference: Reference,
+    trajectory: Trajectory,
+    executables: Mapping[str, Executable],
+    on_picture: Callable[[Trajectory, Picture], None] | None,
+) -> PictureParity:
+    run = compiled_run(reference, trajectory, executables)
+    if on_picture is not None:
+        on_picture(trajectory, to_picture(run.image))
+    pairs = zip(trajectory.steps, run.latents, strict=True)
+    return PictureParity(
+        prompt=trajectory.prompt,
+        seed=trajectory.seed,
+        steps=len(trajectory.steps),
+        psnr_db=psnr_db(trajectory.image, run.image),
+        latent_sqnr_db=tuple(sqnr_db(step.latent_out, latent) for step, latent in pairs),
+    )
+
+
+def _sensitivity(reference: Reference, pair: Pair, executables: Mapping[str, Executable]) -> list[SensitivityStep]:
+    signatures = reference.signatures
+    context_a = _first(executables, signatures, "text_encoder", pair.a.input_ids)
+    context_b = _first(executables, signatures, "text_encoder", pair.input_ids_b)
+    found = []
+    for index, (step, expected_b) in enumerate(zip(pair.a.steps, pair.predictions_b, strict=True), start=1):
+        time = np.array([step.timestep], dtype=np.float32)
+        out_a = _first(executables, signatures, "denoiser", step.model_input, time, context_a)
+        out_b = _first(executables, signatures, "denoiser", step.model_input, time, context_b)
+        moved = sensitivity(step.prediction, expected_b, out_a, out_b)
+        found.append(
+            SensitivityStep(
+                prompt_a=pair.a.prompt,
+                prompt_b=pair.prompt_b,
+                step=index,
+                steps=len(pair.a.steps),
+                reference_std=moved.reference_std,
+                compiled_std=moved.compiled_std,
+                output_std=moved.output_std,
+                ratio=moved.ratio,
+                cosine=moved.cosine,
+                degenerate=moved.degenerate,
+            )
+        )
+    return found
+
+
+def _first(
+    executables: Mapping[str, Executable], signatures: Mapping[str, Signature], name: str, *inputs: Array
+) -> Floats:
+    """Call component `name` with its inputs in order; a copy of its first output, for runtimes that reuse buffers."""
+    signature = signatures[name]
+    given = {spec.name: value for spec, value in zip(signature.inputs, inputs, strict=True)}
+    return np.array(call(executables[name], signature, given)[signature.outputs[0].name], dtype=np.float32)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:400] if text else type(error).__name__

@@ -1,0 +1,116 @@
+"""The reference: what the uncompiled student computes in torch fp32, as `edgegen.verify.trajectory` keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgegen.errors import EdgegenError
+from edgegen.lower.backend import Array
+from edgegen.students.sample import StepRecord, decoder_input, denoise, initial_noise
+from edgegen.students.student import Component, Student
+from edgegen.verify.trajectory import Pair, Reference, Sample, Signature, Step, Trajectory, samples_of
+
+MAX_PROMPTS = 4
+
+
+def trajectory(student: Student, prompt: str, seed: int, steps: int) -> Trajectory:
+    """Draw `prompt` from the noise of `seed`; UsageError for a number of steps the student was not distilled for."""
+    ids = student.tokenize([prompt])
+    context = _call(student.components["text_encoder"], ids)[0]
+    noise = initial_noise(student, [seed])
+    records = list(denoise(student, context, [seed], steps))
+    ready = decoder_input(student, records[-1].latent_out)
+    image = _call(student.components["decoder"], ready)[0]
+    made = Trajectory(
+        prompt=prompt,
+        seed=seed,
+        input_ids=ids.numpy(),
+        context=context.numpy(),
+        noise=noise.numpy(),
+        steps=tuple(_step(student, record, seed, index) for index, record in enumerate(records, start=1)),
+        decoder_input=ready.numpy(),
+        image=image.numpy(),
+    )
+    for name, values in (("text_encoder", [made.context]), ("denoiser", [step.prediction for step in made.steps])):
+        _require_finite(student, name, values)
+    _require_finite(student, "decoder", [made.image])
+    return made
+
+
+def pair(student: Student, a: Trajectory, prompt_b: str) -> Pair:
+    """The denoiser at the latents of `a`, listening to `prompt_b`."""
+    ids = student.tokenize([prompt_b])
+    context = _call(student.components["text_encoder"], ids)[0]
+    denoiser = student.components["denoiser"]
+    predictions = tuple(
+        _call(denoiser, torch.from_numpy(step.model_input), torch.tensor([step.timestep]), context)[0].numpy()
+        for step in a.steps
+    )
+    _require_finite(student, "denoiser", predictions)
+    return Pair(a, prompt_b, ids.numpy(), predictions)
+
+
+def reference(
+    student: Student, prompts: Sequence[str] | None = None, seed: int = 0, step_counts: Sequence[int] | None = None
+) -> Reference:
+    """The reference of `student`: its example prompts (at most four) at its default steps, the first at all others too.
+
+    `step_counts` replaces those counts: the first is what every prompt is drawn at. Prompt i is drawn from seed
+    `seed + i` and paired with its neighbour; a single prompt is paired with the empty one. A `single` student is called
+    once on its example inputs. EdgegenError when the student's own output is not finite.
+    """
+    signatures = {name: Signature(part.inputs, part.outputs) for name, part in student.components.items()}
+    if student.config.task == "single":
+        samples = {name: (_single(student, part),) for name, part in student.components.items()}
+        return Reference(signatures, samples)
+    assert student.config.sampler is not None and student.config.latent is not None
+    chosen = tuple(prompts if prompts is not None else student.config.example_prompts[:MAX_PROMPTS]) or ("",)
+    default = student.config.sampler.default_steps
+    counts = tuple(step_counts or (default, *(n for n in sorted(student.config.sampler.times) if n != default)))
+    drawn = [trajectory(student, prompt, seed + i, counts[0]) for i, prompt in enumerate(chosen)]
+    partners = (*chosen[1:], chosen[0]) if len(chosen) > 1 else ("",)
+    pairs = tuple(pair(student, a, b) for a, b in zip(drawn, partners, strict=True) if a.prompt != b)
+    drawn += [trajectory(student, chosen[0], seed, count) for count in counts[1:]]
+    latent = student.config.latent
+    return Reference(signatures, samples_of(signatures, drawn), tuple(drawn), pairs, latent.scale, latent.shift)
+
+
+def _single(student: Student, component: Component) -> Sample:
+    given = component.example_inputs()
+    outputs = [part.numpy() for part in _call(component, *given)]
+    _require_finite(student, component.name, outputs)
+    return Sample(
+        "example inputs",
+        {spec.name: value.numpy() for spec, value in zip(component.inputs, given, strict=True)},
+        {spec.name: value for spec, value in zip(component.outputs, outputs, strict=True)},
+    )
+
+
+def _step(student: Student, record: StepRecord, seed: int, index: int) -> Step:
+    fresh = initial_noise(student, [seed], stream=index).numpy() if record.step.noise else None
+    return Step(
+        coefficients=record.step,
+        latent_in=record.latent_in.numpy(),
+        model_input=record.model_input.numpy(),
+        prediction=record.prediction.numpy(),
+        latent_out=record.latent_out.numpy(),
+        noise=fresh,
+    )
+
+
+def _call(component: Component, *inputs: Tensor) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        out = component.module.eval()(*inputs)
+    return (out,) if isinstance(out, Tensor) else tuple(out)
+
+
+def _require_finite(student: Student, component: str, values: Sequence[Array]) -> None:
+    if not all(np.isfinite(value).all() for value in values):
+        raise EdgegenError(
+            f"student `{student.config.name}` gives NaN or infinity in `{component}` before anything is compiled",
+            hint="check the checkpoint: there is nothing to hold artifacts against",
+        )

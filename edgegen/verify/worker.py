@@ -1,0 +1,157 @@
+"""Verification in a child process: a runtime that crashes on an artifact takes only itself down.
+
+The parent stores the reference as files; the child, which never imports torch, loads the artifacts, holds them
+against the reference, measures them and writes what it found. A child that dies becomes a RUN_FAIL for every
+component of its backend.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from edgegen.bundle.manifest import ComponentFixture, ComponentIO, Fixture, Gates, SamplerTable
+from edgegen.child import child_main, leave, run_child
+from edgegen.errors import EdgegenError
+from edgegen.lower.backend import Delegation, Precision, get_backend
+from edgegen.lower.requirements import missing_modules
+from edgegen.profile.host import ProfileReport, profile
+from edgegen.students.config import LatentConfig
+from edgegen.verify.fixtures import restore
+from edgegen.verify.gates import check
+from edgegen.verify.outcome import ComponentParity, Outcome, ParityReport, Unavailable
+from edgegen.verify.parity import compiled_run, load_executables, verify
+from edgegen.verify.trajectory import Picture, Sample, Trajectory
+
+
+class StoredReference(BaseModel):
+    """Where a reference lies as files, and what it takes to read it back; `root` is a bundle or a folder like one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    root: Path
+    components: dict[str, ComponentIO]
+    fixtures: tuple[Fixture, ...]
+    component_fixtures: tuple[ComponentFixture, ...] = ()
+    sampler: SamplerTable | None = None
+    latent: LatentConfig | None = None
+
+
+class VerifyJob(BaseModel):
+    """One backend's artifacts, to be held against one stored reference."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backend: str
+    precision: Precision
+    artifacts: dict[str, Path]
+    delegations: dict[str, Delegation]
+    reference: StoredReference
+    gates: Gates
+    pictures: Path
+    """Folder for the pictures that the compiled loop draws: `<index of the trajectory>.png`."""
+    measure: bool = True
+
+
+class Verified(BaseModel):
+    """What the child found; `profile` is None where nothing could be measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    parity: ParityReport
+    profile: ProfileReport | None = None
+
+
+def verify_in_child(job: VerifyJob, log: Path) -> Verified:
+    """Execute, compare and measure one backend's artifacts; a crash of the runtime becomes a failed report."""
+    try:
+        return run_child("edgegen.verify.worker", job, Verified, log, f"verification of backend `{job.backend}`")
+    except EdgegenError as error:
+        return _all_failed(job, Outcome.RUN_FAIL, error.message)
+
+
+def not_executable(job: VerifyJob) -> str | None:
+    """Why the artifacts of `job` cannot run on this host, or None when they can."""
+    backend = get_backend(job.backend)
+    reason = backend.not_executed_here()
+    if reason is None and (missing := missing_modules(backend, "run")):
+        reason = f"{', '.join(missing)} not installed here (`pip install 'edgegen[{backend.extra}]'`)"
+    return reason
+
+
+def unexecuted(job: VerifyJob, reason: str) -> Verified:
+    """The report of artifacts that this host cannot run: no gate failed, and none passed."""
+    return _all_failed(job, Outcome.NOT_EXECUTED, reason)
+
+
+def _all_failed(job: VerifyJob, outcome: Outcome, reason: str) -> Verified:
+    parts = tuple(
+        ComponentParity(component=name, outcome=outcome, reason=reason, delegation=job.delegations.get(name))
+        for name in job.artifacts
+    )
+    failed = check(job.gates, job.precision, parts)
+    report = ParityReport(
+        backend=job.backend,
+        precision=job.precision,
+        status="failed" if failed else "not_executed",
+        components=parts,
+        gates=job.gates,
+        failed=failed,
+    )
+    return Verified(parity=report)
+
+
+def work(job: VerifyJob) -> Verified:
+    """The child's whole task."""
+    from PIL import Image
+
+    stored = job.reference
+    reference = restore(
+        stored.root, stored.components, stored.fixtures, stored.component_fixtures, stored.sampler, stored.latent
+    )
+    backend = get_backend(job.backend)
+    executables = load_executables(backend, job.artifacts, reference.signatures)
+    job.pictures.mkdir(parents=True, exist_ok=True)
+    drawn: list[Trajectory] = []
+
+    def keep(one: Trajectory, picture: Picture) -> None:
+        drawn.append(one)
+        index = next(i for i, known in enumerate(reference.trajectories) if known is one)
+        Image.fromarray(picture).save(job.pictures / f"{index:02d}.png")
+
+    parity = verify(
+        reference,
+        executables,
+        job.precision,
+        job.gates,
+        backend=job.backend,
+        delegations=job.delegations,
+        on_picture=keep,
+    )
+    running = {name: one for name, one in executables.items() if not isinstance(one, Unavailable)}
+    for one in running.values():
+        one.close()
+    measured = None
+    if job.measure and len(running) == len(job.artifacts) and len(drawn) == len(reference.trajectories):
+        first = reference.trajectories[0] if reference.trajectories else None
+        measured = profile(
+            backend,
+            job.artifacts,
+            reference.signatures,
+            _few(reference.samples),
+            picture=None if first is None else lambda loaded: compiled_run(reference, first, loaded),
+            picture_steps=None if first is None else len(first.steps),
+        )
+    return Verified(parity=parity, profile=measured)
+
+
+def _few(samples: Mapping[str, tuple[Sample, ...]], most: int = 4) -> dict[str, tuple[Sample, ...]]:
+    """The first samples of each component: one prompt at its default steps."""
+    return {name: found[:most] for name, found in samples.items()}
+
+
+if __name__ == "__main__":
+    leave(child_main(sys.argv[1], VerifyJob, work))

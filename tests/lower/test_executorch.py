@@ -1,0 +1,115 @@
+"""The ExecuTorch backend on the shipped student: parity, order, bytes, damage, how XNNPACK cuts it."""
+
+import pytest
+
+from edgegen.lower.executorch import BACKEND
+
+COMPONENTS = ("text_encoder", "denoiser", "decoder")
+QUICK = [(name, precision) for name in ("text_encoder", "decoder") for precision in BACKEND.precisions]
+
+
+@pytest.fixture(scope="session")
+def executorch_artifacts(lowering, tmp_path_factory):
+    folders = {precision: tmp_path_factory.mktemp(f"executorch_{precision}") for precision in BACKEND.precisions}
+    return {(name, p): lowering.lower(BACKEND, folders[p], name, p) for name, p in QUICK}
+
+
+@pytest.fixture(scope="session")
+def executorch_denoiser(lowering, tmp_path_factory):
+    return {
+        p: lowering.lower(BACKEND, tmp_path_factory.mktemp(f"executorch_denoiser_{p}"), "denoiser", p)
+        for p in BACKEND.precisions
+    }
+
+
+FLOORS = {"fp32": 90.0, "fp16": 40.0}
+
+
+@pytest.mark.parametrize(("name", "precision"), QUICK)
+def test_artifact_matches_torch(lowering, executorch_artifacts, name, precision):
+    lowering.check_parity(BACKEND, executorch_artifacts[name, precision].path, name, FLOORS[precision])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", BACKEND.precisions)
+def test_denoiser_matches_torch(lowering, executorch_denoiser, precision):
+    lowering.check_parity(BACKEND, executorch_denoiser[precision].path, "denoiser", FLOORS[precision])
+
+
+@pytest.mark.slow
+def test_inputs_go_in_by_the_order_of_the_specs(lowering, executorch_denoiser):
+    artifact = executorch_denoiser["fp32"]
+    assert artifact.result.details["inputs"] == "latent, timestep, context"
+    shuffled = dict(reversed(lowering.inputs["denoiser"].items()))
+    executable = lowering.load(BACKEND, artifact.path, "denoiser")
+    assert lowering.sqnr(lowering.expected["denoiser"], executable(shuffled)["prediction"]) > 90
+
+
+def test_fp16_says_that_convolutions_stay_float32(executorch_artifacts):
+    """The serializer stores convolution weights as float32: the decoder, all convolutions, claims no half a file."""
+    size = {key: artifact.path.stat().st_size for key, artifact in executorch_artifacts.items()}
+    assert size["text_encoder", "fp16"] < 0.6 * size["text_encoder", "fp32"]
+    assert size["decoder", "fp16"] > 0.95 * size["decoder", "fp32"]
+    half = executorch_artifacts["decoder", "fp16"].result
+    assert "convolution weights and biases are float32" in half.details["float16"]
+    assert any("float32" in note for note in half.notes)
+
+
+def test_fp16_is_rounded_here(lowering, executorch_artifacts):
+    """Values between operators are float16: the result differs from float32's by far more than float32's own error."""
+    for name in ("text_encoder", "decoder"):
+        values = lowering.run(BACKEND, executorch_artifacts[name, "fp16"].path, name)
+        (value,) = values.values()
+        assert lowering.sqnr(lowering.expected[name], value) < 90
+
+
+def test_same_program_same_bytes_and_program_untouched(lowering, executorch_artifacts, tmp_path):
+    first = executorch_artifacts["decoder", "fp32"]
+    lowering.check_same_bytes(BACKEND, first, "decoder", "fp32", tmp_path)
+
+
+@pytest.mark.slow
+def test_text_encoder_same_bytes(lowering, executorch_artifacts, tmp_path):
+    first = executorch_artifacts["text_encoder", "fp32"]
+    lowering.check_same_bytes(BACKEND, first, "text_encoder", "fp32", tmp_path)
+
+
+def test_no_path_of_the_building_machine_is_in_the_file(lowering, executorch_artifacts):
+    for artifact in executorch_artifacts.values():
+        lowering.check_no_paths(artifact.path)
+
+
+def test_delegation_is_what_xnnpack_took(executorch_artifacts):
+    decoder = executorch_artifacts["decoder", "fp32"].result.delegation
+    assert decoder.pieces == 3 and not decoder.full
+    assert decoder.undelegated["aten.upsample_nearest2d.vec"] == 2
+    assert not any("convolution" in op for op in decoder.undelegated)
+    encoder = executorch_artifacts["text_encoder", "fp32"].result.delegation
+    assert encoder.undelegated["aten.native_layer_norm.default"] == 5
+    for delegation in (decoder, encoder):
+        assert delegation.delegated_ops + sum(delegation.undelegated.values()) == delegation.total_ops
+
+
+def test_pieces_are_the_delegates_in_the_file(executorch_artifacts):
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    for artifact in executorch_artifacts.values():
+        (plan,) = deserialize_pte_binary(artifact.path.read_bytes()).program.execution_plan
+        assert len(plan.delegates) == artifact.result.delegation.pieces
+
+
+@pytest.mark.slow
+def test_a_wrong_call_names_the_input(lowering, executorch_denoiser):
+    lowering.check_wrong_calls(BACKEND, executorch_denoiser["fp32"].path)
+
+
+def test_a_damaged_or_missing_file_is_an_error(lowering, executorch_artifacts, tmp_path):
+    lowering.check_damage(BACKEND, executorch_artifacts["decoder", "fp32"].path, "decoder", tmp_path)
+
+
+def test_a_signature_that_is_not_the_specs_is_refused(lowering, executorch_artifacts):
+    lowering.check_foreign_specs(BACKEND, executorch_artifacts["decoder", "fp32"].path)
+
+
+def test_lowering_against_wrong_specs_names_the_component(lowering, tmp_path):
+    lowering.check_names_component(BACKEND, tmp_path)
