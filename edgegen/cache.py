@@ -97,25 +97,11 @@ class Cache:
         """
         if not _KEY.fullmatch(key):
             raise ValueError(f"{key!r} is not a key made by Cache.key")
-        with self._explained():
-            self._use()
-            entry = self._home / "entries" / key
-            if is_whole(entry, key):
-                return self._hit(entry)
-            with self._locked(key):
-                if is_whole(entry, key):  # whoever held the lock before us made it
-                    return self._hit(entry)
-                self._sweep(key)
-                damaged = entry.exists()
-                if damaged:
-                    self._discard(entry, key)
-                try:
-                    self._make(entry, key, build)
-                except _BuildFailed as failed:
-                    raise failed.error from failed.error.__cause__
-                self.statistics.built += 1
-                self.statistics.repaired += damaged
-                return entry
+        try:
+            with self._explained():
+                return self._directory(key, build)
+        except _BuildFailed as failed:
+            raise failed.error from failed.error.__cause__
 
     def size(self) -> Held:
         """Entries and bytes on disk, litter of killed builds included."""
@@ -155,8 +141,27 @@ class Cache:
     def __del__(self) -> None:
         self.close()
 
+    def _directory(self, key: str, build: Callable[[Path], None]) -> Path:
+        self._use()
+        entry = self._home / "entries" / key
+        if is_whole(entry, key):
+            return self._hit(entry)
+        with self._locked(key):
+            if is_whole(entry, key):  # whoever held the lock before us made it
+                return self._hit(entry)
+            self._sweep(key)
+            damaged = entry.exists()
+            if damaged:
+                self._discard(entry, key)
+            self._make(entry, key, build)
+            with self._guard:
+                self.statistics.built += 1
+                self.statistics.repaired += damaged
+        return entry
+
     def _hit(self, entry: Path) -> Path:
-        self.statistics.hits += 1
+        with self._guard:
+            self.statistics.hits += 1
         return entry
 
     def _use(self) -> None:

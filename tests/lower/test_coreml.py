@@ -20,6 +20,7 @@ from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import LowerRequest
 from edgegen.lower.coreml import BACKEND
 from edgegen.lower.mlpackage import operations, read_program, read_spec, signature, write_package
+from edgegen.lower.worker import lower_in_child
 
 COMPONENTS = ("text_encoder", "denoiser", "decoder")
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
@@ -39,7 +40,10 @@ get_backend(name).lower(torch.export.load(program), LowerRequest("again", *specs
 def lower(module, arguments, inputs, outputs, folder, precision="fp32", **options):
     program = torch.export.export(module.eval(), arguments)
     request = LowerRequest("part", inputs, outputs, precision, folder, options)
-    return folder / BACKEND.lower(program, request).file
+    before = program.graph_module.code
+    file = BACKEND.lower(program, request).file
+    assert program.graph_module.code == before  # other backends take the same program
+    return folder / file
 
 
 def spec(name, *shape, dtype="float32"):
@@ -142,22 +146,28 @@ def test_coremltools_opens_the_package(packages):
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_bytes(lowering, tmp_path):
+def test_two_processes_write_the_same_bytes(lowering, tmp_path, capfd):
+    """The worker's child, and a process with another hash seed that is given the same program."""
     part = lowering.parts["text_encoder"]
-    torch.export.save(capture(part), tmp_path / "program.pt2")
+    program = capture(part)
+    folders = [tmp_path / "worker", tmp_path / "other"]
+    folders[1].mkdir()
+    request = LowerRequest("again", part.inputs, part.outputs, "fp16", folders[0])
+    lowered = lower_in_child("coreml", program, request, tmp_path / "log.txt")
+    assert capfd.readouterr().out == ""  # what the converter says is in the log
+    assert lowered.file == f"again{BACKEND.suffix}"
+    torch.export.save(program, tmp_path / "program.pt2")
     specs = ["\n".join(s.model_dump_json() for s in side) for side in (part.inputs, part.outputs)]
-    trees = []
-    for seed in ("1", "2"):
-        out = tmp_path / seed
-        out.mkdir()
-        subprocess.run(
-            [sys.executable, "-c", AGAIN, "coreml", str(tmp_path / "program.pt2"), str(out), *specs, "fp16"],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            check=True,
-            capture_output=True,
-        )
-        files = (p for p in sorted(out.rglob("*")) if p.is_file())
-        trees.append({p.relative_to(out).as_posix(): p.read_bytes() for p in files})
+    subprocess.run(
+        [sys.executable, "-c", AGAIN, "coreml", str(tmp_path / "program.pt2"), str(folders[1]), *specs, "fp16"],
+        env=os.environ | {"PYTHONHASHSEED": "2"},
+        check=True,
+        capture_output=True,
+    )
+    trees = [
+        {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        for folder in folders
+    ]
     assert len(trees[0]) == 3
     assert trees[0] == trees[1]
 

@@ -17,23 +17,6 @@ from edgegen.targets.schema import schema, schema_text
 APPLE = ["iphone13", "iphone15", "iphone15pro", "iphone16pro", "iphone17", "ipad-m4"]
 ANDROID = ["pixel8", "pixel9", "galaxy-s24", "galaxy-s25"]
 REQUIRED = [*APPLE, *ANDROID, "rpi4", "rpi5", "jetson-orin-nano", "linux-x86", "linux-arm64", "web"]
-    "iphone13",
-    "iphone15",
-    "iphone15pro",
-    "iphone16pro",
-    "iphone17",
-    "ipad-m4",
-    "pixel8",
-    "pixel9",
-    "galaxy-s24",
-    "galaxy-s25",
-    "rpi4",
-    "rpi5",
-    "jetson-orin-nano",
-    "linux-x86",
-    "linux-arm64",
-    "web",
-]
 FILES = sorted(data_folder().rglob("*.toml"))
 
 
