@@ -46,9 +46,10 @@ SIGMAS = (1.0, 0.75, 0.5, 0.25)
 TWO_OBJECT_SHARE = 0.8
 PROMPT_DROPOUT = 0.1
 PAIRS_A_CHUNK = 128
-FOCUS = (2800, 3400)
-"""Steps of the teacher on one-object scenes and high noise alone. Which side is left is the product of a word and a
-place: until a network has found it, what else varies in a batch hides its gradient."""
+ONE_FIRST, EARLY_FIRST = 3400, 4100
+"""The teacher's curriculum: one-object scenes alone up to the first of these steps, mostly high noise up to the second.
+Which side is left is the product of a word and a place: until a network has found it, whatever else varies hides its
+gradient."""
 ONE_OBJECT_WORDS = 9  # with the start token; two objects take ten or more
 
 
@@ -302,12 +303,11 @@ def stage_teacher(
     nets, empty = new_networks(), null_ids()
     words = (ids != empty[-1]).sum(1)
     single = (words <= ONE_OBJECT_WORDS).float()
-    weights = 1.0 + 2 * single  # places take longer to learn than relations
+    weights = 1.0 + single  # places take longer to learn than relations
 
     def loss_at(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(1_000_000 + step)
-        first = FOCUS[0] <= step < FOCUS[1]
-        rows = torch.multinomial(single if first else weights, 64, generator=generator)
+        rows = torch.multinomial(single if step < ONE_FIRST else weights, 64, generator=generator)
         x0, tokens = (latents[rows].float() - mean) / std, ids[rows].long()
         dropped = torch.rand(64, 1, generator=generator) < PROMPT_DROPOUT
         tokens = torch.where(dropped, empty, tokens)
@@ -315,7 +315,7 @@ def stage_teacher(
         # Half at any noise, half where place and order are decided: there no layout shows through the noise yet.
         anywhere = torch.sigmoid(torch.randn(64, generator=generator) + 0.8)
         early = 1 - 0.2 * torch.rand(64, generator=generator)
-        sigma = torch.where(torch.rand(64, generator=generator) < (0.9 if first else 0.5), early, anywhere)
+        sigma = torch.where(torch.rand(64, generator=generator) < (0.8 if step < EARLY_FIRST else 0.5), early, anywhere)
         x0, tokens, noise, sigma = (crew.share(rows) for rows in (x0, tokens, noise, sigma))
         s = sigma[:, None, None, None]
         with autocast():

@@ -206,6 +206,11 @@ class Runtime:
                 if step.noise:
                     x = x + np.float32(step.noise) * normal(seed, index, latent.shape)
                 latents.append(x)
+                if not np.isfinite(x).all():
+                    raise GateError(
+                        f"the latent is not finite after step {index} of {len(table)} with backend `{self.backend}`",
+                        hint=f"edgegen verify {shlex.quote(str(self.bundle.root))}",
+                    )
         with _timed(timings, "decoder"):
             name = self._components["decoder"].inputs[0].name
             decoded = self._one("decoder", {name: np.float32(latent.scale) * x + np.float32(latent.shift)})

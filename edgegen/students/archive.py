@@ -175,7 +175,8 @@ def _refuse_torchscript(names: list[str], name: str) -> None:
 def check_relative(entry: str, what: str) -> PurePosixPath:
     """`entry` as a path that stays where it is put; UnsafeError for an absolute path, a `..`, a drive or a NUL."""
     path = PurePosixPath(entry)
-    if not entry or "\0" in entry or "\\" in entry or path.is_absolute() or ".." in path.parts or not path.parts or ":" in path.parts[0]:
+    odd = any(mark in entry for mark in ("\0", "\\"))
+    if odd or not path.parts or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
         raise UnsafeError(
             f"{what} is named {entry!r}, which leads out of its folder",
             hint="name files relative to the folder that holds them, without `..`",

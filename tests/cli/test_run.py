@@ -16,6 +16,7 @@ import edgegen
 from edgegen.bundle.open import open_bundle
 from edgegen.bundle.run import generate
 from edgegen.bundle.write import write_bundle
+from edgegen.cli.main import main
 
 PROMPT = "a small red circle"
 
@@ -69,28 +70,30 @@ def test_json_and_warnings(bundle, tmp_path):
         (["-o", "text.png/out.png"], 2, "does not exist"),
     ],
 )
-def test_refusals(bundle, tmp_path, arguments, code, said):
+def test_refusals(bundle, tmp_path, monkeypatch, capsys, arguments, code, said):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "text.png").write_text("precious")
     (tmp_path / "folder.png").mkdir()
-    done = run(bundle, "--prompt", PROMPT, *arguments, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (code, "")
-    assert said in done.stderr and "hint: " in done.stderr and "Traceback" not in done.stderr
+    assert main(["run", str(bundle), "--prompt", PROMPT, *arguments]) == code
+    spoken = capsys.readouterr()
+    assert spoken.out == "" and said in spoken.err and "hint: " in spoken.err and "Traceback" not in spoken.err
     assert (tmp_path / "text.png").read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "text.png"]
 
 
 def test_a_png_is_overwritten(bundle, tmp_path):
     Image.new("RGB", (3, 3)).save(tmp_path / "out.png")
-    assert run(bundle, "--prompt", PROMPT, "-q", cwd=tmp_path).returncode == 0
+    assert main(["run", str(bundle), "--prompt", PROMPT, "-q", "-o", str(tmp_path / "out.png")]) == 0
     assert Image.open(tmp_path / "out.png").size == (16, 16)
 
 
-def test_exit_codes_of_bad_bundles(tiny_bundle, tmp_path):
-    assert run(tmp_path / "nowhere", "--prompt", PROMPT, cwd=tmp_path).returncode == 2
+def test_exit_codes_of_bad_bundles(tiny_bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(tmp_path / "nowhere"), "--prompt", PROMPT]) == 2
     (tiny_bundle / "components/onnx/decoder.onnx").write_bytes(b"")
-    broken = run(tiny_bundle, "--prompt", PROMPT, cwd=tmp_path)
-    assert broken.returncode == 1 and "components/onnx/decoder.onnx" in broken.stderr
+    assert main(["run", str(tiny_bundle), "--prompt", PROMPT]) == 1
+    assert "components/onnx/decoder.onnx" in capsys.readouterr().err
     (tiny_bundle / "components/onnx/decoder.onnx").unlink()
     (tiny_bundle / "components/onnx/decoder.onnx").symlink_to("/etc/passwd")
-    assert run(tiny_bundle, "--prompt", PROMPT, cwd=tmp_path).returncode == 5
+    assert main(["run", str(tiny_bundle), "--prompt", PROMPT]) == 5
     assert not (tmp_path / "out.png").exists()

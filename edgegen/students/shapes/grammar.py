@@ -4,8 +4,7 @@
     "a large blue square above a small green triangle"
 
 A `Scene` is what a prompt means. Which scenes are held back from training is decided here, by a fixed permutation, so
-that training and evaluation cannot disagree. "A right of B" and "B left of A" are one scene: holding it back holds back
-both phrasings.
+that training and evaluation cannot disagree.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ PLACES = {
 }
 """Phrase -> (column, row) on a grid of three by three."""
 
-RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}
-"""Phrase -> (axis, sign): the first object stands before the second along axis 0 (x) or 1 (y), or after it."""
+RELATIONS = {"left of": 0, "above": 1}
+"""Phrase -> axis (0 is x, 1 is y) along which the first thing stands before the second."""
 
 HELD_BACK_ONE = 108
 HELD_BACK_TWO = 324
@@ -61,18 +60,6 @@ class Scene:
             return f"{self.things[0].phrase()} {self.place}"
         return f"{self.things[0].phrase()} {self.relation} {self.things[1].phrase()}"
 
-    def inverse(self) -> Scene:
-        """The same picture said from the second thing's side."""
-        assert self.relation is not None
-        axis, sign = RELATIONS[self.relation]
-        relation = next(name for name, value in RELATIONS.items() if value == (axis, -sign))
-        return Scene((self.things[1], self.things[0]), relation=relation)
-
-    def canonical(self) -> Scene:
-        if self.relation is None or RELATIONS[self.relation][1] == 1:
-            return self
-        return self.inverse()
-
 
 def things() -> list[Thing]:
     return [Thing(*parts) for parts in itertools.product(SIZES, COLOURS, SHAPES)]
@@ -85,29 +72,25 @@ def one_object_scenes() -> tuple[Scene, ...]:
 
 @cache
 def two_object_scenes() -> tuple[Scene, ...]:
-    """Canonical scenes only: the first thing is the left or the upper one."""
     pairs = itertools.product(things(), repeat=2)
-    return tuple(
-        Scene(pair, relation=relation) for pair in pairs for relation in ("left of", "above") if pair[0] != pair[1]
-    )
+    return tuple(Scene(pair, relation=relation) for pair in pairs for relation in RELATIONS if pair[0] != pair[1])
 
 
 @cache
 def held_back() -> tuple[Scene, ...]:
-    """The evaluation list: scenes that training never draws, half of the two-object ones said from the other side."""
+    """The evaluation list: scenes that training never draws."""
     rng = random.Random(20260101)
     one = rng.sample(one_object_scenes(), HELD_BACK_ONE)
     two = rng.sample(two_object_scenes(), HELD_BACK_TWO)
-    return tuple(one + [scene if i % 2 == 0 else scene.inverse() for i, scene in enumerate(two)])
+    return tuple(one + two)
 
 
 @cache
 def training_scenes() -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
-    """(one-object, two-object) scenes that training may draw; both phrasings of a two-object scene are listed."""
-    hidden = {scene.canonical() for scene in held_back()}
+    """(one-object, two-object) scenes that training may draw."""
+    hidden = set(held_back())
     one = tuple(scene for scene in one_object_scenes() if scene not in hidden)
-    two = [scene for scene in two_object_scenes() if scene not in hidden]
-    return one, tuple(two + [scene.inverse() for scene in two])
+    return one, tuple(scene for scene in two_object_scenes() if scene not in hidden)
 
 
 def vocabulary() -> list[str]:

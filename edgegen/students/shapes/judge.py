@@ -106,9 +106,9 @@ def shows(picture: FloatArray, scene: Scene) -> bool:
         (only,) = objects
         cell = (min(int(only.x // (64 / 3)), 2), min(int(only.y // (64 / 3)), 2))
         return only.thing == scene.things[0] and cell == PLACES[scene.place]
-    axis, sign = RELATIONS[scene.relation]
-    objects.sort(key=lambda item: sign * (item.x, item.y)[axis])
-    gap = abs((objects[0].x - objects[1].x, objects[0].y - objects[1].y)[axis])
+    axis = RELATIONS[scene.relation]
+    objects.sort(key=lambda item: (item.x, item.y)[axis])
+    gap = (objects[1].x - objects[0].x, objects[1].y - objects[0].y)[axis]
     return gap >= 16 and tuple(item.thing for item in objects) == scene.things
 
 

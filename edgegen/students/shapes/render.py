@@ -64,9 +64,9 @@ def _centres(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]
         column, row = PLACES[scene.place]
         dx, dy = rng.uniform(-2.5, 2.5, 2)
         return [(CELLS[column] + dx, CELLS[row] + dy)]
-    axis, sign = RELATIONS[scene.relation]
+    axis = RELATIONS[scene.relation]
     centres = []
-    for along in (CELLS[0], CELLS[2]) if sign == 1 else (CELLS[2], CELLS[0]):
+    for along in (CELLS[0], CELLS[2]):
         along += rng.uniform(-2.0, 2.0)
         across = CELLS[1] + rng.uniform(-5.0, 5.0)
         centres.append((along, across) if axis == 0 else (across, along))

@@ -3,7 +3,16 @@ import dataclasses
 import numpy as np
 import pytest
 
-from edgegen.students.shapes.grammar import COLOURS, SHAPES, SIZES, Scene, Thing, held_back, one_object_scenes
+from edgegen.students.shapes.grammar import (
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    held_back,
+    one_object_scenes,
+)
 from edgegen.students.shapes.judge import alignment, look, shows
 from edgegen.students.shapes.render import render, render_batch
 
@@ -44,7 +53,10 @@ def test_wrong_place_relation_and_count(truth):
             other = next(s.place for s in one_object_scenes() if s.place != scene.place)
             assert not shows(picture, dataclasses.replace(scene, place=other))
         else:
-            assert not shows(picture, dataclasses.replace(scene.inverse(), things=scene.things))
+            if scene.things[0] != scene.things[1]:
+                assert not shows(picture, dataclasses.replace(scene, things=scene.things[::-1]))
+            other = next(name for name in RELATIONS if name != scene.relation)
+            assert not shows(picture, dataclasses.replace(scene, relation=other))
             assert not shows(picture, Scene(scene.things[:1], place="in the center"))
 
 
