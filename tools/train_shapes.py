@@ -46,7 +46,7 @@ SIGMAS = (1.0, 0.75, 0.5, 0.25)
 TWO_OBJECT_SHARE = 0.8
 PROMPT_DROPOUT = 0.1
 PAIRS_A_CHUNK = 128
-ONE_FIRST, EARLY_FIRST = 3400, 4100
+ONE_FIRST, EARLY_FIRST = 500, 1500
 """The teacher's curriculum: one-object scenes alone up to the first of these steps, mostly high noise up to the second.
 Which side is left is the product of a word and a place: until a network has found it, whatever else varies hides its
 gradient."""
@@ -424,8 +424,8 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=1200)
     parser.add_argument("--teacher-steps", type=int, default=4000)
     parser.add_argument("--latents", type=int, default=40_960)
-    parser.add_argument("--pairs", type=int, default=12_288)
-    parser.add_argument("--student-steps", type=int, default=2500)
+    parser.add_argument("--pairs", type=int, default=8_192)
+    parser.add_argument("--student-steps", type=int, default=1500)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as meeting:

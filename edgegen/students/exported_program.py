@@ -13,6 +13,7 @@ import logging
 import math
 import re
 import shutil
+import struct
 import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -143,7 +144,7 @@ def _open(archive: Archive, graph: dict[str, Any]) -> Student:
         copy = Path(folder) / "model.pt2"
         try:
             _write_copy(archive, graph, copy)
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, EOFError, struct.error) as error:
             raise EdgegenError(f"`{archive.name}` cannot be copied: {error}", hint=DAMAGED_HINT) from error
         # torch warns with a traceback of its own before it raises; the error below says it once.
         logger = logging.getLogger("torch.export")

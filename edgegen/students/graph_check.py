@@ -33,7 +33,10 @@ KEPT_METADATA = ("nn_module_stack", "torch_fn")
 NAME = re.compile(r"[A-Za-z_]\w{0,1000}")
 DOTTED = re.compile(r"[\w.]{0,1000}")
 TARGET = re.compile(r"torch\.ops\.(\w+)\.(\w+)(?:\.(\w+))?")
-ARITHMETIC = re.compile(r"[\w +*/-]{0,200}")
+EXPRESSION = re.compile(r"[\w'(),=. +*/-]{0,1000}")
+SYMBOLIC = re.compile(
+    r"[su]\d+|[\d.]+|Symbol|Integer|Add|Mul|Pow|Mod|FloorDiv|CleanDiv|Max|Min|positive|integer|True|False"
+)
 PROVENANCE = re.compile(r"[\w.,;:'\"\[\]@() <>/$-]{0,10000}")
 TREE_TYPES = (None, "builtins.tuple", "builtins.list", "builtins.dict")
 
@@ -77,7 +80,7 @@ def _walk(value: Any, key: str, name: str) -> Any:
     """A copy of `value` with node metadata reduced; raises on the first string that is not harmless where it stands."""
     if isinstance(value, dict):
         if "expr_str" in value:
-            _require(ARITHMETIC, value["expr_str"], "expr_str", name)
+            _check_expression(value["expr_str"], name)
             raise EdgegenError(
                 f"`{name}` has dynamic shapes, and edgegen compiles static ones",
                 hint=f"without `dynamic_shapes`: {EXPORT_HINT}",
@@ -112,6 +115,16 @@ def _require(pattern: re.Pattern[str], value: str, key: str, name: str) -> None:
     if not pattern.fullmatch(value):
         raise UnsafeError(
             f"`{name}` has {value[:80]!r} where `{key}` must be a plain name: it would become source text",
+            hint=EXPORT_HINT,
+        )
+
+
+def _check_expression(text: str, name: str) -> None:
+    """Dynamic shapes are refused either way; one that is not plain arithmetic is called what it is."""
+    words = re.findall(r"[\w.]+", text)
+    if not EXPRESSION.fullmatch(text) or not all(SYMBOLIC.fullmatch(word) for word in words):
+        raise UnsafeError(
+            f"`{name}` has {text[:80]!r} for a size (`expr_str`), which torch would evaluate as Python",
             hint=EXPORT_HINT,
         )
 

@@ -173,11 +173,12 @@ def _euler(settings: dict[str, Any], train: int) -> dict[str, Any]:
             times[steps] = [int(value) for value in row]
         else:
             times[steps] = _spaced(settings, train, steps)
-    final = {"zero": "one", "sigma_min": "first"}[settings["final_sigmas_type"]]
+    if settings["final_sigmas_type"] != "zero":
+        raise ValueError(f"final_sigmas_type {settings['final_sigmas_type']}, which ends off the decoder's scale")
     made = {
         "scheduler": "ddim",
         "times": {steps: row for steps, row in times.items() if row},
-        "final_alpha": final,
+        "final_alpha": "one",
         **_vp(settings),
     }
     if settings["prediction_type"] == "sample":

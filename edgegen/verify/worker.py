@@ -90,7 +90,9 @@ def unexecuted(job: VerifyJob, reason: str) -> Verified:
 def _all_failed(job: VerifyJob, outcome: Outcome, reason: str) -> Verified:
     parts = tuple(
         ComponentParity(component=name, outcome=outcome, reason=reason, delegation=job.delegations.get(name))
-        for name in job.artifacts
+        if name in job.artifacts
+        else ComponentParity(component=name, outcome=Outcome.LOWER_FAIL, reason="no artifact was made")
+        for name in job.reference.components
     )
     failed = check(job.gates, job.precision, parts)
     report = ParityReport(

@@ -12,7 +12,7 @@ INDEX = {
     "vae": ["diffusers", "AutoencoderTiny"],
 }
 TEXT = {
-    "vocab_size": 28,
+    "vocab_size": 27,
     "max_position_embeddings": 16,
     "hidden_size": 128,
     "num_hidden_layers": 2,
