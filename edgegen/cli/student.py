@@ -8,6 +8,7 @@ import click
 
 from edgegen.cli.console import Output, reporting
 from edgegen.cli.group import SuggestingGroup
+from edgegen.errors import UsageError
 
 
 @click.group("student", cls=SuggestingGroup)
@@ -20,14 +21,20 @@ def command() -> None:
 @click.option(
     "--output", "-o", "destination", type=click.Path(path_type=Path), default=Path("model.pt"), show_default=True
 )
+@click.option("--config", "config", type=click.Path(path_type=Path), help="Config of a SOURCE that is tensors alone.")
 @reporting
-def pack(source: Path | None, destination: Path, output: Output) -> None:
-    """Write SOURCE (default: the shapes student that ships) as one `.pt` of plain data."""
+def pack(source: Path | None, destination: Path, config: Path | None, output: Output) -> None:
+    """Write SOURCE (default: the shapes student that ships) as one `.pt` of plain data.
+
+    With --config, SOURCE may be a plain state dict or a .safetensors without a config beside it.
+    """
     from edgegen.students.checkpoint import save_pt
-    from edgegen.students.load import load
+    from edgegen.students.load import load, load_with_config
     from edgegen.students.shapes.family import WEIGHTS
 
-    student = load(source or WEIGHTS)
+    if config is not None and source is None:
+        raise UsageError("`--config` describes a SOURCE, and none was given", hint="name the file of tensors")
+    student = load(source or WEIGHTS) if source is None or config is None else load_with_config(source, config)
     destination.parent.mkdir(parents=True, exist_ok=True)
     save_pt(student, destination)
     data = {"path": str(destination), "name": student.config.name, "sha256": student.fingerprint}

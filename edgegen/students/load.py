@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from edgegen.errors import EdgegenError
 from edgegen.students.archive import read_json, read_small
@@ -45,6 +48,28 @@ def _load(path: Path) -> Student:
     return load_pt(archive)
 
 
+def load_with_config(path: Path, config_path: Path) -> Student:
+    """The student whose tensors are at `path`, a `.safetensors` or a plain state dict, and whose config is elsewhere.
+
+    Tensors are named `<component>.<parameter>` or nested by component; `tokenizer.json` is beside the config. The
+    errors of `load`.
+    """
+    kind, archive = sniff(path)
+    tensors: dict[str, object]
+    if kind is Kind.SAFETENSORS:
+        tensors = dict(read_tensors([path]))
+    elif kind is Kind.TORCH_ZIP and archive is not None:
+        from edgegen.students.checkpoint import read_plain
+
+        payload = read_plain(archive)
+        if not isinstance(payload, dict):
+            raise EdgegenError(f"`{path.name}` holds a {type(payload).__name__}, not a state dict")
+        tensors = payload
+    else:
+        raise EdgegenError(f"`{path.name}` is no file of tensors", hint="leave `--config` out")
+    return _with_config(path.name, tensors, config_path)
+
+
 def _load_safetensors(path: Path) -> Student:
     """`X.safetensors` with `X.json` or `config.json`, and `tokenizer.json`, in the same folder."""
     candidates = [path.with_name(f"{path.stem}.json"), path.with_name("config.json")]
@@ -55,8 +80,12 @@ def _load_safetensors(path: Path) -> Student:
             hint=f"write the student's config to `{candidates[0]}`; "
             "`edgegen/students/shapes/weights/shapes.json` is an example",
         )
+    return _with_config(path.name, read_tensors([path]), config_path)
+
+
+def _with_config(name: str, tensors: Mapping[str, object], config_path: Path) -> Student:
     config = parse_config(read_json(config_path), config_path.name)
-    tokenizer_path = path.with_name("tokenizer.json")
+    tokenizer_path = config_path.with_name("tokenizer.json")
     tokenizer = None
     if tokenizer_path.is_file():
         try:
@@ -64,11 +93,12 @@ def _load_safetensors(path: Path) -> Student:
         except UnicodeDecodeError as error:
             raise EdgegenError(f"`{tokenizer_path}` is not UTF-8 text") from error
     state: State = {}
-    for key, tensor in read_tensors([path]).items():
-        component, dot, parameter = key.partition(".")
-        if not dot:
+    for key, value in tensors.items():
+        component, dot, parameter = str(key).partition(".")
+        parts = {parameter: value} if dot else value
+        if not isinstance(parts, dict) or not all(isinstance(tensor, Tensor) for tensor in parts.values()):
             raise EdgegenError(
-                f"tensor `{key}` of `{path.name}` names no component", hint="name tensors `<component>.<parameter>`"
+                f"`{key}` of `{name}` is no tensor of a component", hint="name tensors `<component>.<parameter>`"
             )
-        state.setdefault(component, {})[parameter] = tensor
-    return build_student(config, state, tokenizer, path.name)
+        state.setdefault(component, {}).update(parts)
+    return build_student(config, state, tokenizer, name)
