@@ -53,12 +53,13 @@ def lower_in_child(
     bounds the child's data segment (Linux: private writable memory). `module` names a module that exposes another
     `BACKEND`. EdgegenError (or the class that the backend raised) names backend, component, cause and log.
     """
-    import torch
-
     name = f"backend `{backend}` on component `{request.component}`"
-    request.out_dir.mkdir(parents=True, exist_ok=True)
-    # Inside out_dir: on the disk that must hold the artifact anyway, and swept with it when this process is killed.
-    private = Path(tempfile.mkdtemp(prefix=".edgegen-lower-", dir=request.out_dir)).resolve()
+    try:
+        request.out_dir.mkdir(parents=True, exist_ok=True)
+        # Inside out_dir: on the disk that must hold the artifact anyway, and swept with it when this process is killed.
+        private = Path(tempfile.mkdtemp(prefix=".edgegen-lower-", dir=request.out_dir)).resolve()
+    except OSError as error:
+        raise EdgegenError(f"{name}: `{request.out_dir}` cannot be written: {error.strerror}") from error
     try:
         job = LowerInChild(
             module=module or f"edgegen.lower.{backend}",
@@ -70,7 +71,7 @@ def lower_in_child(
             out_dir=str(request.out_dir.resolve()),
             options=dict(request.options),
         )
-        torch.export.save(program, job.program)
+        _save(program, job.program, name)
         lowered = run_child(
             "edgegen.lower.worker",
             job,
@@ -89,6 +90,18 @@ def lower_in_child(
             f"{name} reported success without the artifact `{lowered.file}`; log `{log}`", hint=f"read the log `{log}`"
         )
     return lowered
+
+
+def _save(program: ExportedProgram, path: str, name: str) -> None:
+    import torch
+
+    try:
+        torch.export.save(program, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer tells a full disk as a RuntimeError
+        reason = " ".join(str(error).split())[:200]
+        raise EdgegenError(
+            f"{name}: the graph cannot be written: {reason}", hint=f"see how full the disk is with `df -h {path}`"
+        ) from error
 
 
 def work(job: LowerInChild) -> Lowered:

@@ -8,7 +8,6 @@ component of its backend.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -24,7 +23,7 @@ from edgegen.verify.fixtures import restore
 from edgegen.verify.gates import check
 from edgegen.verify.outcome import ComponentParity, Outcome, ParityReport, Unavailable
 from edgegen.verify.parity import compiled_run, load_executables, verify
-from edgegen.verify.trajectory import Picture, Sample, Trajectory
+from edgegen.verify.trajectory import Picture, Trajectory
 
 
 class StoredReference(BaseModel):
@@ -143,16 +142,12 @@ def work(job: VerifyJob) -> Verified:
             backend,
             job.artifacts,
             reference.signatures,
-            _few(reference.samples),
+            reference.one_picture(),
+            seconds_per_component=5.0,
             picture=None if first is None else lambda loaded: compiled_run(reference, first, loaded),
             picture_steps=None if first is None else len(first.steps),
         )
     return Verified(parity=parity, profile=measured)
-
-
-def _few(samples: Mapping[str, tuple[Sample, ...]], most: int = 4) -> dict[str, tuple[Sample, ...]]:
-    """The first samples of each component: one prompt at its default steps."""
-    return {name: found[:most] for name, found in samples.items()}
 
 
 if __name__ == "__main__":
