@@ -12,7 +12,8 @@ from edgegen.students.pickle_scan import foreign_globals
 
 ACCEPTED = "an edgegen `.pt`, a `.safetensors` with its config, a diffusers folder or a `.pt2`"
 PACK_HINT = (
-    "in the code that made it, `torch.save(module.state_dict(), 'weights.pt')`, then `edgegen student pack weights.pt`"
+    "in the code that made it, `torch.save(module.state_dict(), 'weights.pt')`, then "
+    "`edgegen student pack weights.pt --config student.json`"
 )
 MAX_SAFETENSORS_HEADER = 100 << 20
 

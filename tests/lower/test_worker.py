@@ -198,14 +198,22 @@ def test_child_ends_with_its_parent(tmp_path, number):
     root = Path(edgegen.__file__).parents[1]
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
     with subprocess.Popen(
-        [sys.executable, str(tmp_path / "parent.py"), str(out)], env=env, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(tmp_path / "parent.py"), str(out)],
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite started in the background of a shell has SIGINT ignored, and would hand that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as parent:
-        limit = time.monotonic() + 60
-        while not (out / "ready").exists():
-            assert parent.poll() is None and time.monotonic() < limit, "the child never started"
-            time.sleep(0.05)
-        parent.send_signal(number)
-        _, errors = parent.communicate(timeout=20)
+        try:
+            limit = time.monotonic() + 60
+            while not (out / "ready").exists():
+                assert parent.poll() is None and time.monotonic() < limit, "the child never started"
+                time.sleep(0.05)
+            parent.send_signal(number)
+            _, errors = parent.communicate(timeout=20)
+        finally:
+            parent.kill()
     assert gone((out / "pid").read_text())
     if number == signal.SIGINT:
         assert "KeyboardInterrupt" in errors
