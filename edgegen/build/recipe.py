@@ -12,6 +12,7 @@ from edgegen.bundle.manifest import Gates
 from edgegen.errors import UsageError
 from edgegen.lower.backend import BACKENDS, Precision, get_backend
 from edgegen.lower.requirements import require
+from edgegen.students.sample import sampler_table
 from edgegen.students.student import Student
 from edgegen.targets import Target
 from edgegen.verify.gates import default_gates
@@ -122,7 +123,5 @@ def _steps(student: Student, asked: int | None) -> int | None:
             raise UsageError(f"student `{student.config.name}` has no sampler", hint="build without `--steps`")
         return None
     steps = asked or sampler.default_steps
-    if steps not in sampler.times:
-        known = ", ".join(f"`--steps {count}`" for count in sorted(sampler.times))
-        raise UsageError(f"student `{student.config.name}` was not distilled for {steps} steps", hint=f"use {known}")
+    sampler_table(student, steps)  # refuses steps that the student was not distilled for
     return steps
