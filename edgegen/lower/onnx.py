@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
-from edgegen.lower.private_program import private_program
 from edgegen.lower.signature import check_call, check_product, check_signature, reason
 
 if TYPE_CHECKING:
@@ -78,6 +77,8 @@ class OnnxBackend:
         """Export, check with onnx's own checker, read the signature back. EdgegenError names the component."""
         import onnx
         import torch
+
+        from edgegen.graph.edit import private_program
 
         file = f"{request.component}{self.suffix}"
         path = request.out_dir / file

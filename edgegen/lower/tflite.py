@@ -23,7 +23,6 @@ import numpy as np
 from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
-from edgegen.lower.private_program import private_program
 from edgegen.lower.signature import check_call, check_product, check_signature, reason
 
 if TYPE_CHECKING:
@@ -151,6 +150,8 @@ def _convert(program: ExportedProgram, request: LowerRequest) -> bytes:
     from litert_torch import fx_infra
     from litert_torch._convert import core, litert_converter
     from torch.utils import _pytree as pytree
+
+    from edgegen.graph.edit import private_program
 
     fx_infra.silence_torch_logs()
     decomposed = fx_infra.safe_run_decompositions(

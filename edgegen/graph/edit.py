@@ -1,0 +1,270 @@
+"""Editing an exported program: new nodes with shapes and provenance, new constants, and a signature that stays true.
+
+An `Editor` works on a private copy; the program that it was given is never changed. Nothing is traced again: a new
+node's value is computed once, on fake tensors, where it is made.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._subclasses import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ConstantArgument,
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+from torch.fx.traceback import NodeSource, NodeSourceAction
+from torch.utils import _pytree as pytree
+
+_WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+def private_program(program: ExportedProgram) -> ExportedProgram:
+    """`program` with a graph of its own; weights are shared.
+
+    Its nodes have no provenance (`from_node`) yet, so that what is made of them can be traced to exactly these nodes.
+    """
+    module = program.graph_module
+    graph = copy.deepcopy(module.graph)
+    for node in graph.nodes:
+        node.meta.pop("from_node", None)
+    owned = GraphModule(module, graph)
+    owned.meta.update(module.meta)
+    return program._update(owned, copy.deepcopy(program.graph_signature))
+
+
+def weights(program: ExportedProgram) -> dict[str, Tensor]:
+    """Placeholder name -> the parameter, buffer or constant that it stands for."""
+    found = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind in _WEIGHTS and spec.target is not None:
+            held = program.state_dict if spec.target in program.state_dict else program.constants
+            found[spec.arg.name] = held[spec.target]
+    return found
+
+
+def user_inputs(program: ExportedProgram) -> list[Node]:
+    """The placeholders of what a caller passes, in order."""
+    names = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT}
+    return [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the module that a node came from, "" for the root: what plans and reports name nodes by."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    return str(path).removeprefix("L['self'].").removeprefix("L__self__.")
+
+
+def made_by(node: Node) -> tuple[str, ...]:
+    """Names of the passes that made `node`, the latest first; () for a node of the capture."""
+    sources: list[NodeSource] = node.meta.get("from_node") or []
+    names = []
+    while sources:
+        source = sources[-1]
+        if source.pass_name and NodeSourceAction.CREATE in source.action:
+            names.append(source.pass_name)
+        sources = source.from_node
+    return tuple(names)
+
+
+def apply(node: Node, value: Callable[[Node], Any]) -> Any:
+    """The result of a call when each node among its arguments stands for `value(node)`."""
+    args: Any = map_arg(node.args, value)
+    kwargs: Any = map_arg(node.kwargs, value)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+class Editor:
+    """One pass's hands on one graph. `by` is the pass's name, which every node it makes carries.
+
+    `call` and `constant` make nodes before the node given to `at`; `finish` removes what nothing reads and returns the
+    edited program. User inputs stay unless `drop_input` or `replace_input` takes them out.
+    """
+
+    def __init__(self, program: ExportedProgram, by: str) -> None:
+        self._source = program
+        self._by = by
+        module = program.graph_module
+        self.graph: Graph = copy.deepcopy(module.graph)
+        self._meta = dict(module.meta)
+        self._specs = {spec.arg.name: copy.copy(spec) for spec in program.graph_signature.input_specs}
+        self._user_outputs = copy.deepcopy(program.graph_signature.output_specs)
+        self._state: dict[str, Tensor] = dict(program.state_dict)
+        self._constants: dict[str, Any] = dict(program.constants)
+        self._values = weights(program)
+        fake = detect_fake_mode([node.meta["val"] for node in self.graph.nodes if node.meta.get("val") is not None])
+        self._fake: FakeTensorMode = fake if fake is not None else FakeTensorMode()
+        self._anchor: Node | None = None
+        self.changes = 0
+
+    def nodes(self, *targets: Any) -> list[Node]:
+        """Calls of `targets` (all calls without one) in order; safe to edit while going through them."""
+        calls = [node for node in self.graph.nodes if node.op == "call_function"]
+        return [node for node in calls if not targets or node.target in targets]
+
+    def value(self, node: Any) -> Tensor | None:
+        """The weight that a placeholder stands for, or None."""
+        return self._values.get(node.name) if isinstance(node, Node) else None
+
+    @contextmanager
+    def at(self, node: Node) -> Iterator[None]:
+        """New nodes go before `node` and come from where it came from."""
+        outer, self._anchor = self._anchor, node
+        try:
+            yield
+        finally:
+            self._anchor = outer
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """A new call, with its value computed on fake tensors. Errors are those of the op on wrong arguments."""
+        assert self._anchor is not None, "a call is made inside `at`"
+        with self.graph.inserting_before(self._anchor):
+            node = self.graph.call_function(target, args, kwargs)
+        self.propagate(node)
+        self._stamp(node, self._anchor)
+        self.changes += 1
+        return node
+
+    def propagate(self, node: Node) -> None:
+        """Compute the value of a call anew, after its arguments changed."""
+        with self._fake, torch.no_grad():
+            node.meta["val"] = apply(node, lambda arg: arg.meta["val"])
+        node.meta.pop("tensor_meta", None)
+
+    def constant(self, value: Tensor, name: str) -> Node:
+        """A new weight; `name` is a dotted path like a parameter's, made unique when it is taken."""
+        value = value.detach().contiguous()
+        target, number = name.strip("."), 1
+        while target in self._state or target in self._constants:
+            number += 1
+            target = f"{name}_{number}"
+        placeholder = self._placeholder(f"p_{target}", value)
+        floating = value.is_floating_point()
+        self._state[target] = torch.nn.Parameter(value, requires_grad=False) if floating else value
+        kind = InputKind.PARAMETER if floating else InputKind.BUFFER
+        persistent = None if floating else True
+        spec = InputSpec(kind, TensorArgument(placeholder.name), target=target, persistent=persistent)
+        self._specs[placeholder.name] = spec
+        self._values[placeholder.name] = value
+        self.changes += 1
+        return placeholder
+
+    def named(self, node: Node, suffix: str) -> str:
+        """A name for a new constant: the module path of `node` and `suffix`."""
+        path = module_path(node)
+        return f"{path}.{suffix}" if path else suffix
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Everything that reads `old`, the graph's output included, reads `new`."""
+        old.replace_all_uses_with(new)
+        self.changes += 1
+
+    def drop_input(self, node: Node) -> None:
+        """Take a user input that nothing reads out of the signature."""
+        assert not node.users, f"{node.name} is read"
+        del self._specs[node.name]
+        self.graph.erase_node(node)
+        self.changes += 1
+
+    def replace_input(self, old: Node, name: str, example: Tensor) -> Node:
+        """A user input of another name, shape or dtype in the place of `old`, which must have no reader by the end."""
+        with self.graph.inserting_before(old):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = self._fake.from_tensor(example, static_shapes=True)
+        self._stamp(node, old)
+        order = list(self._specs.items())
+        place = [name for name, _ in order].index(old.name)
+        order.insert(place, (node.name, InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), target=None)))
+        self._specs = dict(order)
+        self.changes += 1
+        return node
+
+    def finish(self) -> ExportedProgram:
+        """The edited program: dead calls and unread weights are gone, everything is where its readers need it."""
+        self.graph.eliminate_dead_code()
+        for node in [node for node in self.graph.nodes if node.op == "placeholder" and not node.users]:
+            if self._specs[node.name].kind in _WEIGHTS:
+                del self._specs[node.name]
+                self.graph.erase_node(node)
+        self.graph.lint()
+        module = GraphModule(self._source.graph_module, self.graph)
+        module.meta.update(self._meta)
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        specs = [self._specs[node.name] for node in placeholders]
+        kept = {spec.target for spec in specs}
+        signature = ExportGraphSignature(specs, self._outputs())
+        inputs = [node for node in placeholders if self._specs[node.name].kind is InputKind.USER_INPUT]
+        return ExportedProgram(
+            root=module,
+            graph=self.graph,
+            graph_signature=signature,
+            state_dict={name: value for name, value in self._state.items() if name in kept},
+            range_constraints=copy.deepcopy(self._source.range_constraints),
+            module_call_graph=[ModuleCallEntry("", self._entry(inputs, signature))],
+            example_inputs=(tuple(_example(node) for node in inputs), {}),
+            constants={name: value for name, value in self._constants.items() if name in kept},
+            verifiers=self._source.verifiers,
+        )
+
+    def _placeholder(self, name: str, value: Tensor) -> Node:
+        first = next(node for node in self.graph.nodes if not self._is_weight(node))
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(re.sub(r"\W", "_", name))
+        node.meta["val"] = self._fake.from_tensor(value, static_shapes=True)
+        if self._anchor is not None:
+            self._stamp(node, self._anchor)
+        return node
+
+    def _is_weight(self, node: Node) -> bool:
+        return node.op == "placeholder" and node.name in self._specs and self._specs[node.name].kind in _WEIGHTS
+
+    def _stamp(self, node: Node, source: Node) -> None:
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in source.meta:
+                node.meta[key] = source.meta[key]
+        node.meta["from_node"] = [NodeSource(source, self._by, NodeSourceAction.CREATE)]
+
+    def _outputs(self) -> list[OutputSpec]:
+        (values,) = self.graph.output_node().args
+        made = []
+        for spec, value in zip(self._user_outputs, values, strict=True):  # type: ignore[arg-type]
+            assert spec.kind is OutputKind.USER_OUTPUT, f"{spec.kind} cannot be edited"
+            argument = TensorArgument(value.name) if isinstance(value, Node) else ConstantArgument("", value)
+            made.append(OutputSpec(OutputKind.USER_OUTPUT, argument, spec.target))
+        return made
+
+    def _entry(self, inputs: list[Node], signature: ExportGraphSignature) -> ModuleCallSignature:
+        outer = self._source.module_call_graph[0].signature
+        assert outer is not None
+        return ModuleCallSignature(
+            inputs=[TensorArgument(node.name) for node in inputs],
+            outputs=[spec.arg for spec in signature.output_specs],
+            in_spec=pytree.tree_structure((tuple(range(len(inputs))), {})),
+            out_spec=copy.deepcopy(outer.out_spec),
+            forward_arg_names=[node.name for node in inputs],
+        )
+
+
+def _example(node: Node) -> Tensor:
+    fake = node.meta["val"]
+    return torch.zeros(tuple(fake.shape), dtype=fake.dtype)

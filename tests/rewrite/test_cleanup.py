@@ -1,0 +1,113 @@
+"""Identities, constants and unread inputs."""
+
+import torch
+from torch import nn
+
+from edgegen.graph.edit import user_inputs
+from edgegen.rewrite.drop_unused_inputs import DropUnusedInputs
+from edgegen.rewrite.fold_constants import FoldConstants
+from edgegen.rewrite.remove_identities import RemoveIdentities
+
+
+class Idle(nn.Module):
+    def forward(self, x):
+        y = nn.functional.dropout(x.to(torch.float32), 0.3, self.training).contiguous().view(2, 8)
+        return (y.clone() + 1).reshape(2, 8)
+
+
+def test_calls_that_change_nothing_go(check_pass):
+    gone = dict.fromkeys(("aten.dropout", "aten.view", "aten.clone", "aten.reshape", "aten.to"), 0)
+    check_pass(RemoveIdentities(), Idle(), torch.randn(2, 8), after={**gone, "aten.add": 1})
+
+
+class Changes(nn.Module):
+    def forward(self, x):
+        return x.reshape(16).expand(3, 16)
+
+
+class Casts(nn.Module):
+    def forward(self, x):
+        return x.to(torch.float64)
+
+
+def test_calls_that_change_something_stay(check_pass):
+    check_pass(RemoveIdentities(), Changes(), torch.randn(2, 8), modified=False)
+    check_pass(RemoveIdentities(), Casts(), torch.randn(2), after={"aten.to": 1, "aten._assert_tensor_metadata": 0})
+
+
+class Trains(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5, True) * 0
+
+
+def test_a_dropout_that_trains_is_no_identity(check_pass):
+    result = check_pass(RemoveIdentities(), Trains(), torch.randn(2, 8), modified=False)
+    assert "trains" in result.declined[0].reason
+
+
+class Alias(nn.Module):
+    def forward(self, x):
+        return (x + 1).clone()
+
+
+def test_an_identity_may_feed_the_output(check_pass):
+    check_pass(RemoveIdentities(), Alias(), torch.randn(3), after={"aten.clone": 0})
+
+
+class Constant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x):
+        return x @ (self.weight * 2).t() + torch.arange(4)
+
+
+def test_what_follows_from_weights_is_computed_once(check_pass):
+    gone = {"aten.mul": 0, "aten.t": 0, "aten.arange": 0}
+    result = check_pass(FoldConstants(), Constant(), torch.randn(2, 3), before={"aten.mul": 1}, after=gone)
+    assert len(result.program.state_dict) == 2
+
+
+class Grows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 64))
+
+    def forward(self, x):
+        return x + self.weight.expand(1024, 64).contiguous()
+
+
+def test_a_file_does_not_grow_by_an_expanded_bias(check_pass):
+    result = check_pass(FoldConstants(), Grows(), torch.randn(1024, 64), modified=False)
+    assert "grow" in result.declined[0].reason
+
+
+class Random(nn.Module):
+    def forward(self, x):
+        return x + 0 * torch.rand(3)
+
+
+def test_random_numbers_are_no_constants(check_pass):
+    result = check_pass(FoldConstants(), Random(), torch.randn(3), modified=False)
+    assert "random" in result.declined[0].reason
+
+
+class Unread(nn.Module):
+    def forward(self, x, caption, scale):
+        caption.exp()  # dead
+        return x * scale
+
+
+def test_inputs_that_only_dead_calls_read_go(check_pass):
+    result = check_pass(DropUnusedInputs(), Unread(), torch.randn(2), torch.randn(3), torch.randn(2))
+    assert [node.name for node in user_inputs(result.program)] == ["x", "scale"]
+
+
+class PassesThrough(nn.Module):
+    def forward(self, x, y):
+        return x + 1, y
+
+
+def test_an_input_that_is_an_output_is_read(check_pass):
+    check_pass(DropUnusedInputs(), PassesThrough(), torch.randn(2), torch.randn(3), modified=False)
