@@ -29,6 +29,9 @@ class BuildRequest:
     precision: Precision | None = None
     steps: int | None = None
     require_full_delegation: bool = False
+    passes: str | None = None
+    dump_ir: Path | None = None
+    """Folder for every graph after every pass: `<target>/<backend>/<component>/`."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,20 @@ class Prepared:
 
     student: Student
     recipes: tuple[Recipe, ...]
+    dump_ir: Path | None = None
 
 
 def prepare(request: BuildRequest) -> Prepared:
     """Targets are looked up before the model is opened, so that a typing error costs nothing."""
     targets = [load_target(name) for name in request.targets]
     student = load(request.model)
-    options = BuildOptions(request.backends, request.precision, request.steps, request.require_full_delegation)
+    options = BuildOptions(
+        request.backends, request.precision, request.steps, request.require_full_delegation, request.passes
+    )
     recipes = [
         resolve(student, target, options, _output(request, student, target.name, len(targets))) for target in targets
     ]
-    return Prepared(student, tuple(recipes))
+    return Prepared(student, tuple(recipes), request.dump_ir)
 
 
 def _output(request: BuildRequest, student: Student, target: str, targets: int) -> Path:
@@ -62,7 +68,7 @@ def run(prepared: Prepared, progress: Progress, *, smoke: bool = False) -> list[
     cache = Cache(None)
     if smoke:
         _smoke(prepared, cache, progress)
-    built = build_all(prepared.student, prepared.recipes, cache, progress)
+    built = build_all(prepared.student, prepared.recipes, cache, progress, prepared.dump_ir)
     raise_for_failures(built)
     return built
 

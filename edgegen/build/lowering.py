@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache as memoize
@@ -13,16 +12,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from joblib import Parallel, delayed
-from torch.export import ExportedProgram
+from pydantic import TypeAdapter
 
 import edgegen
+from edgegen.build.graphs import Graphs
 from edgegen.cache import Cache
 from edgegen.errors import EdgegenError
-from edgegen.graph.capture import capture
 from edgegen.lower.backend import Backend, Lowered, LowerRequest, Precision, get_backend
 from edgegen.lower.worker import lower_in_child
+from edgegen.rewrite.pipeline import PassRecord, Pipeline
 from edgegen.students.student import Component, Student
 
+RECORDS = TypeAdapter(tuple[PassRecord, ...])
 PARALLEL_LIMIT_BYTES = 1 << 30
 """Components with more weights than this are lowered one at a time: converters peak at several times the weights."""
 
@@ -35,6 +36,8 @@ class LowerJob:
     backend: str
     precision: Precision
     options: Mapping[str, str]
+    canonical: Pipeline
+    shape: Pipeline
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class LoweredComponent:
     job: LowerJob
     entry: Path
     lowered: Lowered
+    records: tuple[PassRecord, ...]
 
     @property
     def path(self) -> Path:
@@ -80,30 +84,16 @@ def compiler_fingerprint() -> str:
     made."""
     root = Path(edgegen.__file__).parent
     digest = hashlib.sha256(edgegen.__version__.encode())
-    for folder in ("graph", "lower"):
+    for folder in ("graph", "lower", "rewrite"):
         for path in sorted((root / folder).rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-class Graphs:
-    """Captured graphs of one student: each component is traced at most once per precision, and only when needed."""
-
-    def __init__(self) -> None:
-        self._captured: dict[tuple[str, bool], ExportedProgram] = {}
-        self._lock = threading.Lock()  # torch.export keeps its state in globals
-
-    def get(self, component: Component, *, half: bool) -> ExportedProgram:
-        key = (component.fingerprint, half)
-        with self._lock:
-            if key not in self._captured:
-                self._captured[key] = capture(component, half=half)
-            return self._captured[key]
-
-
 def lower_all(
     jobs: Sequence[LowerJob],
     student: Student,
+    graphs: Graphs,
     cache: Cache,
     log_dir: Path,
     done: Callable[[LowerJob], None],
@@ -111,7 +101,6 @@ def lower_all(
     """Lower `jobs`, as many at once as cores and memory allow; results in the order of the jobs."""
     weights = sum(p.numel() * 4 for part in student.components.values() for p in part.module.parameters())
     workers = 1 if weights > PARALLEL_LIMIT_BYTES else min(len(jobs), os.cpu_count() or 1)
-    graphs = Graphs()
 
     def run(job: LowerJob) -> LoweredComponent | LowerFailure:
         result = _lower_one(job, graphs, cache, log_dir)
@@ -133,29 +122,32 @@ def _lower_one(job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path) -> Lo
         backend=job.backend,
         precision=job.precision,
         options=dict(sorted(job.options.items())),
+        passes=f"{job.canonical}; {job.shape}",
         versions=tool_versions(backend),
         compiler=compiler_fingerprint(),
     )
     log = log_dir / f"{job.backend}-{job.component.name}.log"
 
     def build(entry: Path) -> None:
-        program = graphs.get(job.component, half=job.precision == "fp16" and backend.half_graph)
+        rewriting = graphs.shaped(job.component, job.canonical, job.shape)
         out_dir = entry / "artifact"
         out_dir.mkdir()
         request = LowerRequest(
             component=job.component.name,
-            inputs=job.component.inputs,
-            outputs=job.component.outputs,
+            inputs=rewriting.signature.inputs,
+            outputs=rewriting.signature.outputs,
             precision=job.precision,
             out_dir=out_dir,
             options=job.options,
         )
-        lowered = lower_in_child(job.backend, program, request, log)
+        lowered = lower_in_child(job.backend, rewriting.program, request, log)
         (entry / "lowered.json").write_text(lowered.model_dump_json())
+        (entry / "passes.json").write_bytes(RECORDS.dump_json(rewriting.records))
         shutil.copyfile(log, entry / "log.txt")
 
     try:
         entry = cache.directory(key, build)
     except EdgegenError as error:
         return LowerFailure(job, error, log)
-    return LoweredComponent(job, entry, Lowered.model_validate_json((entry / "lowered.json").read_text()))
+    lowered = Lowered.model_validate_json((entry / "lowered.json").read_text())
+    return LoweredComponent(job, entry, lowered, RECORDS.validate_json((entry / "passes.json").read_bytes()))

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 import edgegen
+from edgegen.build.graphs import Graphs
 from edgegen.build.lowering import LoweredComponent, LowerFailure, LowerJob, lower_all, tool_versions
 from edgegen.build.recipe import Recipe
 from edgegen.bundle.manifest import (
@@ -29,12 +30,14 @@ from edgegen.errors import EdgegenError, GateError
 from edgegen.lower.backend import get_backend
 from edgegen.report.html import PictureRow, render
 from edgegen.report.summary import summarise
+from edgegen.rewrite.pipeline import Pipeline
+from edgegen.rewrite.registry import parse
 from edgegen.students.student import Student
 from edgegen.verify import gates
 from edgegen.verify.fixtures import store
 from edgegen.verify.outcome import ComponentParity, Outcome, ParityReport
 from edgegen.verify.reference import reference
-from edgegen.verify.trajectory import Picture, Reference
+from edgegen.verify.trajectory import Picture, Reference, Signature
 from edgegen.verify.worker import (
     StoredReference,
     Verified,
@@ -64,18 +67,21 @@ class Built:
     manifest: Manifest
     reports: tuple[ParityReport, ...]
     failures: tuple[LowerFailure, ...]
+    passes: dict[str, dict[str, list[dict[str, object]]]]
+    """Backend -> component -> what each pass did."""
 
     @property
     def passed(self) -> bool:
         """Whether nothing failed; artifacts that this host cannot execute are told apart in `reports`."""
         return not self.failures and not any(report.failed for report in self.reports)
 
-    def summary(self) -> dict[str, object]:
+    def summary(self, *, time_passes: bool = False) -> dict[str, object]:
         """For `--json`: where it is, and each backend's worst numbers."""
         return {
             "target": self.recipe.target,
             "path": str(self.path),
             "backends": {report.backend: summarise(self.manifest, report) for report in self.reports},
+            **({"passes": self.passes} if time_passes else {}),
         }
 
 
@@ -86,14 +92,31 @@ class _Shared:
     student: Student
     cache: Cache
     progress: Progress
-    references: dict[int | None, Reference] = field(default_factory=dict)
+    dump_ir: Path | None = None
+    graphs: Graphs = field(default_factory=Graphs)
+    references: dict[tuple[int | None, str], Reference] = field(default_factory=dict)
 
-    def reference(self, steps: int | None) -> Reference:
-        if steps not in self.references:
-            self.progress.stage("reference in torch", 1)
-            self.references[steps] = reference(self.student, step_counts=step_counts(self.student, steps))
+    def signatures(self, recipe: Recipe) -> dict[str, Signature]:
+        """What each component takes and gives once the canonical passes ran: the same for every backend."""
+        return {
+            name: self.graphs.canonical(part, _pipeline(recipe.canonical[name])).signature
+            for name, part in self.student.components.items()
+        }
+
+    def reference(self, recipe: Recipe) -> Reference:
+        key = (recipe.steps, repr(recipe.canonical))
+        if key not in self.references:
+            self.progress.stage("capture, reference in torch", 2)
+            signatures = self.signatures(recipe)
             self.progress.advance()
-        return self.references[steps]
+            counts = step_counts(self.student, recipe.steps)
+            self.references[key] = reference(self.student, step_counts=counts, signatures=signatures)
+            self.progress.advance()
+        return self.references[key]
+
+
+def _pipeline(specs: Sequence[str]) -> Pipeline:
+    return Pipeline(parse(", ".join(specs)))
 
 
 def step_counts(student: Student, steps: int | None) -> tuple[int, ...] | None:
@@ -104,9 +127,11 @@ def step_counts(student: Student, steps: int | None) -> tuple[int, ...] | None:
     return (steps, *(count for count in sorted(sampler.times) if count != steps))
 
 
-def build_all(student: Student, recipes: Sequence[Recipe], cache: Cache, progress: Progress) -> list[Built]:
+def build_all(
+    student: Student, recipes: Sequence[Recipe], cache: Cache, progress: Progress, dump_ir: Path | None = None
+) -> list[Built]:
     """Build one bundle a recipe. A recipe that fails does not stop the others; see `raise_for_failures`."""
-    shared = _Shared(student, cache, progress)
+    shared = _Shared(student, cache, progress, dump_ir)
     return [build(shared, recipe) for recipe in recipes]
 
 
@@ -131,19 +156,31 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
     with reserve(recipe.output) as writer, tempfile.TemporaryDirectory(prefix="edgegen-build-") as folder:
         work = Path(folder)
         jobs = [
-            LowerJob(student.components[name], backend.name, backend.precision, backend.options)
+            LowerJob(
+                student.components[name],
+                backend.name,
+                backend.precision,
+                backend.options,
+                _pipeline(recipe.canonical[name]),
+                _pipeline(backend.passes),
+            )
             for backend in recipe.backends
             for name in recipe.components
         ]
+        truth = shared.reference(recipe)
+        if shared.dump_ir is not None:
+            _dump(shared.graphs, jobs, shared.dump_ir / recipe.target)
         progress.stage(f"{recipe.target}: lower", len(jobs))
-        results = lower_all(jobs, student, shared.cache, work / "logs", lambda job: progress.advance())
+        logs = work / "logs"
+        results = lower_all(jobs, student, shared.graphs, shared.cache, logs, lambda job: progress.advance())
         lowered = [result for result in results if isinstance(result, LoweredComponent)]
         failures = tuple(result for result in results if isinstance(result, LowerFailure))
-        truth = shared.reference(recipe.steps)
         manifest = _manifest(student, recipe, lowered, truth, work)
         verified = _verify(shared, recipe, manifest, lowered, truth, work)
         manifest = manifest.model_copy(update={"artifacts": tuple(_executed(a, verified) for a in manifest.artifacts)})
-        built = Built(recipe, recipe.output, manifest, tuple(v.parity for v in verified.values()), failures)
+        built = Built(
+            recipe, recipe.output, manifest, tuple(v.parity for v in verified.values()), failures, _passes(lowered)
+        )
         progress.stage(f"{recipe.target}: bundle", 1)
         contents = _contents(built, student, verified, lowered, truth, work)
         if built.passed:
@@ -171,6 +208,7 @@ def _manifest(
             config=config.sampler,
             default_steps=recipe.steps,
             tables={count: config.sampler.table(count) for count in sorted(config.sampler.times)},
+            timesteps=config.sampler.timesteps(),
         )
     return Manifest(
         name=config.name,
@@ -180,9 +218,7 @@ def _manifest(
         target_sha256=recipe.target_sha256,
         options=recipe.options(),
         tool_versions=dict(sorted(versions.items())),
-        components={
-            name: ComponentIO(inputs=part.inputs, outputs=part.outputs) for name, part in student.components.items()
-        },
+        components={name: ComponentIO(inputs=io.inputs, outputs=io.outputs) for name, io in truth.signatures.items()},
         artifacts=tuple(_artifact(one) for one in lowered),
         backends=tuple(backend.name for backend in recipe.backends),
         declined=recipe.declined,
@@ -209,6 +245,7 @@ def _artifact(one: LoweredComponent) -> Artifact:
         delegation=one.lowered.delegation,
         details=one.lowered.details,
         notes=one.lowered.notes,
+        passes=(*one.job.canonical.specs(), *one.job.shape.specs()),
         executed=False,
     )
 
@@ -249,14 +286,16 @@ def _verify(
             shared.progress.note(f"{backend.name}: not executed here: {reason}")
         else:
             found = verify_in_child(job, work / "logs" / f"{backend.name}-verify.log")
-            verified[backend.name] = Verified(parity=_with_blame(found.parity, mine, truth), profile=found.profile)
+            blamed = _with_blame(found.parity, mine, shared.graphs, truth)
+            verified[backend.name] = Verified(parity=blamed, profile=found.profile)
         shared.progress.advance()
     return verified
 
 
-def _with_blame(report: ParityReport, lowered: dict[str, LoweredComponent], truth: Reference) -> ParityReport:
+def _with_blame(
+    report: ParityReport, lowered: dict[str, LoweredComponent], graphs: Graphs, truth: Reference
+) -> ParityReport:
     """Ask each component that disagrees where it does; torch is at hand here, in the child it is not."""
-    from edgegen.graph.capture import capture
     from edgegen.verify.blame import blame
 
     def ask(part: ComponentParity) -> ComponentParity:
@@ -267,8 +306,8 @@ def _with_blame(report: ParityReport, lowered: dict[str, LoweredComponent], trut
             get_backend(report.backend),
             part.component,
             one.path,
-            capture(one.job.component),
-            [spec.name for spec in one.job.component.inputs],
+            graphs.shaped(one.job.component, one.job.canonical, one.job.shape).program,
+            [spec.name for spec in truth.signatures[part.component].inputs],
             truth.samples[part.component],
             report.gates.sqnr_db[report.precision],
         )
@@ -316,11 +355,29 @@ def _contents(
     logs |= {f"logs/{one.job.backend}-{one.job.component.name}.log": one.log for one in lowered}
     profiles = {name: found.profile for name, found in verified.items() if found.profile is not None}
     parity = {name: found.parity for name, found in verified.items()}
-    page = render(built.manifest, parity, profiles, _pictures(truth, list(verified), work), sorted(logs))
+    rows = _pictures(truth, list(verified), work)
+    page = render(built.manifest, parity, profiles, rows, sorted(logs), built.passes)
     return BundleContents(
         manifest=built.manifest,
         artifacts=[(one.job.backend, one.entry / "artifact") for one in lowered],
         files=files,
-        reports={**logs, "parity.json": parity, "profile.json": profiles},
+        reports={**logs, "parity.json": parity, "profile.json": profiles, "passes.json": built.passes},
         report_html=page,
     )
+
+
+def _dump(graphs: Graphs, jobs: Sequence[LowerJob], folder: Path) -> None:
+    """Every graph after every pass, whether or not its artifact is in the cache."""
+    from edgegen.rewrite.observe import Dump
+
+    for job in jobs:
+        graphs.shaped(job.component, job.canonical, job.shape, (Dump(folder / job.backend / job.component.name),))
+
+
+def _passes(lowered: Sequence[LoweredComponent]) -> dict[str, dict[str, list[dict[str, object]]]]:
+    """Backend -> component -> what each pass did."""
+    found: dict[str, dict[str, list[dict[str, object]]]] = {}
+    for one in lowered:
+        records = [record.model_dump(mode="json") for record in one.records]
+        found.setdefault(one.job.backend, {})[one.job.component.name] = records
+    return found

@@ -12,6 +12,7 @@ from edgegen.bundle.manifest import Gates
 from edgegen.errors import UsageError
 from edgegen.lower.backend import BACKENDS, Precision, get_backend
 from edgegen.lower.requirements import require
+from edgegen.rewrite.choose import Edits, canonical_preset, shape_preset
 from edgegen.students.sample import sampler_table
 from edgegen.students.student import Student
 from edgegen.targets import Target
@@ -29,6 +30,8 @@ class BuildOptions:
     precision: Precision | None = None
     steps: int | None = None
     require_full_delegation: bool = False
+    passes: str | None = None
+    """Changes to the preset passes, as `edgegen.rewrite.choose.Edits` reads them."""
 
 
 class BackendRecipe(BaseModel):
@@ -39,6 +42,8 @@ class BackendRecipe(BaseModel):
     name: str
     precision: Precision
     options: dict[str, str]
+    passes: tuple[str, ...]
+    """What its runtime wants, run on the canonical graph."""
 
 
 class Recipe(BaseModel):
@@ -54,6 +59,8 @@ class Recipe(BaseModel):
     backends: tuple[BackendRecipe, ...]
     declined: dict[str, str]
     """Backend -> why this build does not use it."""
+    canonical: dict[str, tuple[str, ...]]
+    """Component -> the passes that every backend shares."""
     steps: int | None
     gates: Gates
     output: Path
@@ -72,6 +79,11 @@ def resolve(student: Student, target: Target, options: BuildOptions, output: Pat
     the target denies is an error with the target's reason, and every backend left out is listed with why.
     """
     names = _chosen_backends(target, options.backends)
+    edits = Edits(options.passes)
+    sampler = student.config.sampler
+    timesteps = () if sampler is None else sampler.timesteps()
+    presets = {name: canonical_preset(name, timesteps) for name in student.components}
+    longest = max(presets.values(), key=len)
     recipes = []
     for name in names:
         spec = target.backend(name)
@@ -82,7 +94,8 @@ def resolve(student: Student, target: Target, options: BuildOptions, output: Pat
                 f"target `{target.name}` does not execute {precision} with `{name}`", hint=f"use {offered}"
             )
         require(get_backend(name), "lower")
-        recipes.append(BackendRecipe(name=name, precision=precision, options=dict(spec.options)))
+        shape = edits.shape(shape_preset(name, precision), longest)
+        recipes.append(BackendRecipe(name=name, precision=precision, options=dict(spec.options), passes=shape.specs()))
     declined = {name: "not asked for; `--backend all` builds it too" for name in target.backends if name not in names}
     declined |= {name: reason for name, reason in target.denied_backends.items() if name not in declined}
     return Recipe(
@@ -93,6 +106,7 @@ def resolve(student: Student, target: Target, options: BuildOptions, output: Pat
         components=tuple(student.components),
         backends=tuple(recipes),
         declined=declined,
+        canonical={name: edits.canonical(preset).specs() for name, preset in presets.items()},
         steps=_steps(student, options.steps),
         gates=default_gates(require_full_delegation=options.require_full_delegation),
         output=output,

@@ -36,6 +36,8 @@ class Artifact(_Model):
     delegation: Delegation
     details: dict[str, str] = {}
     notes: tuple[str, ...] = ()
+    passes: tuple[str, ...] = ()
+    """The rewrites that were run before lowering, in order, with their options."""
     executed: bool
     """Whether verification ran this very artifact on the building host."""
     not_executed_because: str | None = None
@@ -47,11 +49,16 @@ class ComponentIO(_Model):
 
 
 class SamplerTable(_Model):
-    """`tables[steps]` holds the folded coefficients; `config` is what they were derived from."""
+    """`tables[steps]` holds the folded coefficients; `config` is what they were derived from.
+
+    `timesteps` are all that the tables use: a denoiser with an input `step` takes a step's `index` into them, one with
+    neither `step` nor `timestep` was folded for the only one there is.
+    """
 
     config: SamplerConfig
     default_steps: int
     tables: dict[int, tuple[SamplerStep, ...]]
+    timesteps: tuple[float, ...] = ()
 
 
 class NoiseSpec(_Model):

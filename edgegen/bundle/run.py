@@ -25,7 +25,7 @@ from edgegen.bundle.open import Bundle
 from edgegen.errors import EdgegenError, GateError, UsageError
 from edgegen.lower.backend import BACKENDS, Array, Executable, get_backend
 from edgegen.lower.requirements import missing_modules
-from edgegen.students.sampler import SamplerStep
+from edgegen.students.sampler import SamplerStep, moment
 from edgegen.verify.trajectory import Picture, to_picture
 
 if TYPE_CHECKING:
@@ -194,13 +194,11 @@ class Runtime:
             context = self._call("text_encoder", given)
         with _timed(timings, "noise"):
             noise = normal(seed, 0, latent.shape)
+        names = {spec.name for spec in self._components["denoiser"].inputs}
         x, latents = noise, []
         for index, step in enumerate(table, start=1):
             with _timed(timings, f"denoiser.{index}"):
-                moment = np.full(
-                    _input(self._components["denoiser"], "timestep").shape, step.timestep, dtype=np.float32
-                )
-                given = {**context, "latent": np.float32(step.input_scale) * x, "timestep": moment}
+                given = {**context, **moment(step, names), "latent": np.float32(step.input_scale) * x}
                 prediction = self._one("denoiser", given, f" at step {index} of {len(table)}")
                 x = np.float32(step.sample) * x + np.float32(step.prediction) * prediction
                 if step.noise:
@@ -262,16 +260,13 @@ def _check_draws(bundle: Bundle) -> None:
     text, denoiser, decoder = (manifest.components[name] for name in ("text_encoder", "denoiser", "decoder"))
     assert manifest.latent is not None
     latent = manifest.latent.shape
-    given = {"latent": latent, "timestep": (1,), **{spec.name: spec.shape for spec in text.outputs}}
-    wanted = {spec.name: spec.shape for spec in denoiser.inputs}
+    given = {"latent": latent, **{spec.name: spec.shape for spec in text.outputs}}
+    moments = {"timestep": (1,), "step": (1,)}
+    wanted = {spec.name: spec.shape for spec in denoiser.inputs if moments.get(spec.name) != spec.shape}
     square = len(decoder.outputs) == 1 and len(decoder.outputs[0].shape) == 4 and decoder.outputs[0].shape[:2] == (1, 3)
     ends = len(text.inputs) == len(decoder.inputs) == len(denoiser.outputs) == 1
     if not (ends and square and given == wanted and decoder.inputs[0].shape == denoiser.outputs[0].shape == latent):
         raise EdgegenError(f"components of bundle `{bundle.root}` do not fit together", hint="build the bundle again")
-
-
-def _input(io: ComponentIO, name: str) -> Any:
-    return next(spec for spec in io.inputs if spec.name == name)
 
 
 def _tokenizer(bundle: Bundle) -> tuple[Tokenizer, int | None]:

@@ -41,6 +41,15 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), help="Default: the target's, per backend.")
 @click.option("--steps", type=click.IntRange(min=1), help="Sampling steps that `run` takes by default.")
 @click.option("--require-full-delegation", is_flag=True, help="Exit 3 unless one delegate takes every op in one piece.")
+@click.option(
+    "--passes",
+    metavar="LIST",
+    help="Changes to the rewrites: `-name` leaves one out, `name{option=value}` adds or replaces one, `none` clears.",
+)
+@click.option(
+    "--dump-ir", type=click.Path(path_type=Path, file_okay=False), help="Write each graph after every pass there."
+)
+@click.option("--time-passes", is_flag=True, help="Print how long each rewrite took.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and stop.")
 @click.option("--smoke", is_flag=True, help="First run all of it on a two-layer copy of the student.")
 @reporting
@@ -53,6 +62,9 @@ def command(
     precision: Precision | None,
     steps: int | None,
     require_full_delegation: bool,
+    passes: str | None,
+    dump_ir: Path | None,
+    time_passes: bool,
     dry_run: bool,
     smoke: bool,
 ) -> None:
@@ -71,6 +83,8 @@ def command(
         precision=precision,
         steps=steps,
         require_full_delegation=require_full_delegation,
+        passes=passes,
+        dump_ir=dump_ir,
     )
     prepared = prepare(request)
     if dry_run:
@@ -79,7 +93,10 @@ def command(
         return
     with output.progress() as progress:
         built = run(prepared, progress, smoke=smoke)
-    output.report({"bundles": [one.summary() for one in built]}, lambda: "\n\n".join(_text(one) for one in built))
+    output.report(
+        {"bundles": [one.summary(time_passes=time_passes) for one in built]},
+        lambda: "\n\n".join(_text(one, time_passes) for one in built),
+    )
 
 
 def _recipe_text(recipe: Recipe) -> str:
@@ -87,7 +104,9 @@ def _recipe_text(recipe: Recipe) -> str:
     for backend in recipe.backends:
         options = " ".join(f"{key}={value}" for key, value in backend.options.items())
         lines.append(f"  build    {backend.name} {backend.precision} {options}".rstrip())
+        lines.append(f"           {', '.join(backend.passes) or 'no passes of its own'}")
     lines += [f"  decline  {name}: {reason}" for name, reason in recipe.declined.items()]
+    lines += [f"  passes   {name}: {', '.join(passes) or 'none'}" for name, passes in recipe.canonical.items()]
     if recipe.steps is not None:
         lines.append(f"  steps    {recipe.steps}")
     gates = recipe.gates
@@ -99,7 +118,9 @@ def _recipe_text(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def _text(built: Built) -> str:
+def _text(built: Built, time_passes: bool) -> str:
+    from edgegen.report.rewrites import timing_table
     from edgegen.report.summary import summary_table
 
-    return f"{summary_table(built.manifest, built.reports)}\n{built.path}"
+    times = f"\n\n{timing_table(built.passes)}\n" if time_passes else ""
+    return f"{summary_table(built.manifest, built.reports)}{times}\n{built.path}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,7 @@ def private_program(program: ExportedProgram) -> ExportedProgram:
     Its nodes have no provenance (`from_node`) yet, so that what is made of them can be traced to exactly these nodes.
     """
     module = program.graph_module
-    graph = copy.deepcopy(module.graph)
+    graph = _copied(module.graph)
     for node in graph.nodes:
         node.meta.pop("from_node", None)
     owned = GraphModule(module, graph)
@@ -105,16 +105,20 @@ class Editor:
         self._source = program
         self._by = by
         module = program.graph_module
-        self.graph: Graph = copy.deepcopy(module.graph)
+        self.graph: Graph = _copied(module.graph)
         self._meta = dict(module.meta)
         self._specs = {spec.arg.name: copy.copy(spec) for spec in program.graph_signature.input_specs}
         self._user_outputs = copy.deepcopy(program.graph_signature.output_specs)
+        outer = program.module_call_graph[0].signature
+        assert outer is not None
+        self._returned = outer.out_spec
         self._state: dict[str, Tensor] = dict(program.state_dict)
         self._constants: dict[str, Any] = dict(program.constants)
         self._values = weights(program)
         fake = detect_fake_mode([node.meta["val"] for node in self.graph.nodes if node.meta.get("val") is not None])
         self._fake: FakeTensorMode = fake if fake is not None else FakeTensorMode()
         self._anchor: Node | None = None
+        self._new_readers: set[Node] = set()  # of a value that lies otherwise in memory than what they read before
         self.changes = 0
 
     def nodes(self, *targets: Any) -> list[Node]:
@@ -169,6 +173,19 @@ class Editor:
         self.changes += 1
         return placeholder
 
+    def set_weight(self, node: Node, value: Tensor) -> None:
+        """Give the weight behind the placeholder `node` other values or another dtype; name and shape stay."""
+        target = self._specs[node.name].target
+        assert target is not None and value.shape == node.meta["val"].shape
+        held = self._state if target in self._state else self._constants
+        as_parameter = isinstance(held[target], torch.nn.Parameter)
+        value = value.detach()
+        held[target] = torch.nn.Parameter(value, requires_grad=False) if as_parameter else value
+        self._values[node.name] = value
+        node.meta["val"] = self._fake.from_tensor(value, static_shapes=True)
+        node.meta.pop("tensor_meta", None)
+        self.changes += 1
+
     def named(self, node: Node, suffix: str) -> str:
         """A name for a new constant: the module path of `node` and `suffix`."""
         path = module_path(node)
@@ -176,6 +193,8 @@ class Editor:
 
     def replace(self, old: Node, new: Node) -> None:
         """Everything that reads `old`, the graph's output included, reads `new`."""
+        if _strides(old.meta.get("val")) != _strides(new.meta.get("val")):
+            self._new_readers.update(old.users)
         old.replace_all_uses_with(new)
         self.changes += 1
 
@@ -199,9 +218,51 @@ class Editor:
         self.changes += 1
         return node
 
+    def add_input(self, name: str, example: Tensor) -> Node:
+        """A further user input, the last; inside `at` it comes from where that node came from."""
+        first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(re.sub(r"\W", "_", name))
+        node.meta["val"] = self._fake.from_tensor(example, static_shapes=True)
+        if self._anchor is not None:
+            self._stamp(node, self._anchor)
+        self._specs[node.name] = InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), target=None)
+        self.changes += 1
+        return node
+
+    def set_outputs(self, nodes: Sequence[Node]) -> None:
+        """The program returns `nodes`: one tensor, or a tuple of several."""
+        self.graph.output_node().args = (tuple(nodes),)
+        self._user_outputs = [
+            OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), target=None) for node in nodes
+        ]
+        self._returned = pytree.tree_structure(0 if len(nodes) == 1 else (0,) * len(nodes))
+        self.changes += 1
+
+    def rename_inputs(self, names: Sequence[str]) -> None:
+        """Give the user inputs these names, in order; a call that has one of them gets another."""
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder" and not self._is_weight(node)]
+        taken = {node.name: node for node in self.graph.nodes if node not in inputs}
+        for name in names:
+            if name in taken:
+                spec = self._specs.pop(name, None)
+                taken[name]._rename(f"{name}_")
+                if spec is not None:
+                    spec.arg = TensorArgument(taken[name].name)
+                    self._specs[taken[name].name] = spec
+        for node in inputs:
+            del self._specs[node.name]
+        for node, name in zip(inputs, names, strict=True):
+            # Set, not asked for: fx would number a name that it has given out before, or that is Python's.
+            node.name = node.target = name
+            self.graph._graph_namespace._used_names.add(name)
+            self._specs[name] = InputSpec(InputKind.USER_INPUT, TensorArgument(name), target=None)
+        self.changes += 1
+
     def finish(self) -> ExportedProgram:
         """The edited program: dead calls and unread weights are gone, everything is where its readers need it."""
         self.graph.eliminate_dead_code()
+        self._restride()
         for node in [node for node in self.graph.nodes if node.op == "placeholder" and not node.users]:
             if self._specs[node.name].kind in _WEIGHTS:
                 del self._specs[node.name]
@@ -220,11 +281,34 @@ class Editor:
             graph_signature=signature,
             state_dict={name: value for name, value in self._state.items() if name in kept},
             range_constraints=copy.deepcopy(self._source.range_constraints),
-            module_call_graph=[ModuleCallEntry("", self._entry(inputs, signature))],
+            module_call_graph=[ModuleCallEntry("", self._entry(inputs))],
             example_inputs=(tuple(_example(node) for node in inputs), {}),
             constants={name: value for name, value in self._constants.items() if name in kept},
             verifiers=self._source.verifiers,
         )
+
+    def _restride(self) -> None:
+        """Values after a rewrite may lie otherwise in memory: propagate that, and reshape what can no longer be viewed."""
+        dirty: set[Node] = set()
+        for node in self.nodes():
+            moved = any(one in dirty for one in node.all_input_nodes) or node in self._new_readers
+            if not moved:
+                continue
+            before = _strides(node.meta["val"])
+            if node.target is torch.ops.aten.view.default and not self._viewable(node):
+                node.target = torch.ops.aten.reshape.default
+                self._stamp(node, node)
+                self.changes += 1
+            self.propagate(node)
+            if _strides(node.meta["val"]) != before:
+                dirty.add(node)
+
+    def _viewable(self, node: Node) -> bool:
+        try:
+            self.propagate(node)
+        except (RuntimeError, ValueError):
+            return False
+        return True
 
     def _placeholder(self, name: str, value: Tensor) -> Node:
         first = next(node for node in self.graph.nodes if not self._is_weight(node))
@@ -253,16 +337,33 @@ class Editor:
             made.append(OutputSpec(OutputKind.USER_OUTPUT, argument, spec.target))
         return made
 
-    def _entry(self, inputs: list[Node], signature: ExportGraphSignature) -> ModuleCallSignature:
-        outer = self._source.module_call_graph[0].signature
-        assert outer is not None
+    def _entry(self, inputs: list[Node]) -> ModuleCallSignature:
+        """As torch.export has it: a root entry that named nodes would be wrong once ExecuTorch renames them."""
         return ModuleCallSignature(
-            inputs=[TensorArgument(node.name) for node in inputs],
-            outputs=[spec.arg for spec in signature.output_specs],
+            inputs=[],
+            outputs=[],
             in_spec=pytree.tree_structure((tuple(range(len(inputs))), {})),
-            out_spec=copy.deepcopy(outer.out_spec),
+            out_spec=self._returned,
             forward_arg_names=[node.name for node in inputs],
         )
+
+
+def _copied(graph: Graph) -> Graph:
+    """A copy whose nodes have the same names; fx's own renames those that are Python's, as an input called `input`."""
+    copied = Graph(tracer_cls=graph._tracer_cls)
+    end: Any = copied.graph_copy(graph, {}, return_output_node=True)
+    values, output = end
+    copied.output(values, type_expr=output.type).meta = copy.copy(output.meta)
+    copied._codegen = graph._codegen
+    for node, source in zip(copied.nodes, graph.nodes, strict=True):
+        node.name = source.name
+    return copied
+
+
+def _strides(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_strides(one) for one in value]
+    return tuple(value.stride()) if isinstance(value, Tensor) else None
 
 
 def _example(node: Node) -> Tensor:

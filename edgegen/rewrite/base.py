@@ -6,11 +6,12 @@ import dataclasses
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -69,6 +70,13 @@ class Pass(ABC):
     def ensures(self, before: ExportedProgram, result: Rewritten) -> None:
         """PassError when the result breaks what every pass promises, or what this one does."""
         check_promises(self, before, result)
+
+    def equivalent_inputs(self, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Inputs at which the graph before and the result must agree, as near to `given` as this pass allows.
+
+        A pass that changes the signature says here which inputs its result takes instead, and where it holds.
+        """
+        return dict(given), dict(given)
 
     def __call__(self, program: ExportedProgram) -> Rewritten:
         self.requires(program)

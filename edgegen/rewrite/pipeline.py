@@ -49,6 +49,10 @@ class Pipeline:
     def __str__(self) -> str:
         return ", ".join(str(one) for one in self.passes)
 
+    def specs(self) -> tuple[str, ...]:
+        """Each pass as it is written."""
+        return tuple(str(one) for one in self.passes)
+
     def run(
         self, program: ExportedProgram, observers: Sequence[Observer] = ()
     ) -> tuple[ExportedProgram, tuple[PassRecord, ...]]:

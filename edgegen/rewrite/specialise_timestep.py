@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -101,6 +102,16 @@ class SpecialiseTimestep(Pass):
                 new = part if shape == [1, end - start] else editor.call(aten.view.default, part, shape)
                 editor.replace(node, new)
             start = end
+
+    def equivalent_inputs(self, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """At the first of the timesteps."""
+        if self.input not in given:
+            return dict(given), dict(given)
+        before = {**given, self.input: torch.full_like(given[self.input], self.values[0])}
+        after = {name: value for name, value in before.items() if name != self.input}
+        if len(self.values) > 1:
+            after[self.index] = torch.zeros(1, dtype=torch.int32)
+        return before, after
 
     def ensures(self, before: ExportedProgram, result: Rewritten) -> None:
         super().ensures(before, result)

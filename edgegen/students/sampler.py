@@ -12,9 +12,12 @@ Nothing downstream (runtime, apps, verification) knows more about the scheduler 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, model_validator
 
 
@@ -28,6 +31,18 @@ class SamplerStep(BaseModel):
     sample: float
     prediction: float
     noise: float = 0.0
+    index: int = 0
+    """Place of `timestep` in `SamplerConfig.timesteps`: what a denoiser specialised to them takes as `step`."""
+
+
+def moment(step: SamplerStep, names: Collection[str]) -> dict[str, NDArray[np.generic]]:
+    """What tells a denoiser with inputs `names` which step it is at: `timestep` [1] float32, `step` [1] int32, or
+    nothing where the one timestep is folded in."""
+    known: dict[str, NDArray[np.generic]] = {
+        "timestep": np.array([step.timestep], dtype=np.float32),
+        "step": np.array([step.index], dtype=np.int32),
+    }
+    return {name: value for name, value in known.items() if name in names}
 
 
 class SamplerConfig(BaseModel):
@@ -88,7 +103,13 @@ class SamplerConfig(BaseModel):
         first, *rest = self._unscaled(self.times[steps])
         scale = self.initial_scale
         start = first.model_copy(update={"input_scale": scale * first.input_scale, "sample": scale * first.sample})
-        return (start, *rest)
+        known = self.timesteps()
+        return tuple(step.model_copy(update={"index": known.index(step.timestep)}) for step in (start, *rest))
+
+    def timesteps(self) -> tuple[float, ...]:
+        """Every timestep that the denoiser is called with, for any number of steps; falling, each once."""
+        called = {step.timestep for times in self.times.values() for step in self._unscaled(times)}
+        return tuple(sorted(called, reverse=True))
 
     def _unscaled(self, times: tuple[float, ...]) -> tuple[SamplerStep, ...]:
         if self.scheduler == "flow_match_euler":

@@ -10,9 +10,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
-from torch.fx import Interpreter, Node
+from torch.fx import Node
 
+from edgegen.graph.edit import module_path, user_inputs
+from edgegen.graph.evaluate import evaluate
 from edgegen.lower.backend import Array
 from edgegen.verify.gates import decibels
 from edgegen.verify.metrics import sqnr_db
@@ -47,26 +48,15 @@ class Verdict:
 
 def node_values(program: ExportedProgram, inputs: Sequence[Array]) -> dict[str, Array]:
     """Run `program` on its user inputs in order, and keep the value of every node that is one tensor, by its name."""
-    given = iter(inputs)
-    arguments = []
-    for spec in program.graph_signature.input_specs:
-        if spec.kind is InputKind.USER_INPUT:
-            arguments.append(torch.from_numpy(np.array(next(given))))
-        else:
-            assert spec.target is not None
-            owned = program.state_dict.get(spec.target)
-            arguments.append(owned if owned is not None else program.constants[spec.target])
+    names = [node.name for node in user_inputs(program)]
+    given = {name: torch.from_numpy(np.array(value)) for name, value in zip(names, inputs, strict=True)}
     values: dict[str, Array] = {}
 
-    class Recorder(Interpreter):
-        def run_node(self, n: Node) -> object:
-            value = super().run_node(n)
-            if n.op == "call_function" and isinstance(value, torch.Tensor):
-                values[n.name] = value.detach().numpy().copy()
-            return value
+    def keep(node: Node, value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            values[node.name] = value.detach().numpy().copy()
 
-    with torch.no_grad():
-        Recorder(program.graph_module).run(*arguments)
+    evaluate(program, given, keep)
     return values
 
 
@@ -92,7 +82,7 @@ def first_divergence(
         scores[name] = threshold_db if renumbered else score
     for node in program.graph.nodes:
         if node.name in scores and scores[node.name] < threshold_db and not _recovers(node, scores, threshold_db):
-            return Verdict(node.name, str(node.target), _module_path(node), scores[node.name], len(scores))
+            return Verdict(node.name, str(node.target), module_path(node), scores[node.name], len(scores))
     return None
 
 
@@ -145,12 +135,3 @@ def _recovers(node: Node, scores: Mapping[str, float], threshold_db: float) -> b
             frontier += list(user.users)
     after = [scores[user.name] >= threshold_db for user in seen if user.name in scores]
     return bool(after) and sum(after) * 2 > len(after)
-
-
-def _module_path(node: Node) -> str:
-    """`down_blocks.0.resnets.1.conv1` of the innermost module that the op came from."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = ""
-    for qualified, _ in stack.values():
-        path = str(qualified)
-    return path.removeprefix("L['self'].")

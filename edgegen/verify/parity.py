@@ -18,6 +18,7 @@ import numpy as np
 
 from edgegen.bundle.manifest import Gates
 from edgegen.lower.backend import Array, Backend, Delegation, Executable, Precision
+from edgegen.students.sampler import SamplerStep
 from edgegen.verify.gates import check, default_gates, meets
 from edgegen.verify.metrics import psnr_db, sensitivity, sqnr_db
 from edgegen.verify.outcome import (
@@ -90,9 +91,8 @@ def compiled_run(reference: Reference, trajectory: Trajectory, executables: Mapp
     with np.errstate(over="ignore", invalid="ignore"):  # an artifact that diverges is measured, not warned about
         for step in trajectory.steps:
             by = step.coefficients
-            time = np.array([by.timestep], dtype=np.float32)
             scaled = np.float32(by.input_scale) * x
-            prediction = _first(executables, signatures, "denoiser", scaled, time, context)
+            prediction = _denoise(executables, signatures["denoiser"], scaled, by, context)
             x = np.float32(by.sample) * x + np.float32(by.prediction) * prediction
             if step.noise is not None:
                 x = x + np.float32(by.noise) * step.noise
@@ -226,9 +226,9 @@ def _sensitivity(reference: Reference, pair: Pair, executables: Mapping[str, Exe
     context_b = _first(executables, signatures, "text_encoder", pair.input_ids_b)
     found = []
     for index, (step, expected_b) in enumerate(zip(pair.a.steps, pair.predictions_b, strict=True), start=1):
-        time = np.array([step.timestep], dtype=np.float32)
-        out_a = _first(executables, signatures, "denoiser", step.model_input, time, context_a)
-        out_b = _first(executables, signatures, "denoiser", step.model_input, time, context_b)
+        denoiser = signatures["denoiser"]
+        out_a = _denoise(executables, denoiser, step.model_input, step.coefficients, context_a)
+        out_b = _denoise(executables, denoiser, step.model_input, step.coefficients, context_b)
         moved = sensitivity(step.prediction, expected_b, out_a, out_b)
         found.append(
             SensitivityStep(
@@ -248,12 +248,21 @@ def _sensitivity(reference: Reference, pair: Pair, executables: Mapping[str, Exe
 
 
 def _first(
-    executables: Mapping[str, Executable], signatures: Mapping[str, Signature], name: str, *inputs: Array
+    executables: Mapping[str, Executable], signatures: Mapping[str, Signature], name: str, value: Array
 ) -> Floats:
-    """Call component `name` with its inputs in order; a copy of its first output, for runtimes that reuse buffers."""
-    signature = signatures[name]
-    given = {spec.name: value for spec, value in zip(signature.inputs, inputs, strict=True)}
-    return np.array(call(executables[name], signature, given)[signature.outputs[0].name], dtype=np.float32)
+    """Call a component of one input and one output."""
+    return _output(executables[name], signatures[name], {signatures[name].inputs[0].name: value})
+
+
+def _denoise(
+    executables: Mapping[str, Executable], signature: Signature, latent: Array, step: SamplerStep, context: Array
+) -> Floats:
+    return _output(executables["denoiser"], signature, signature.denoiser_inputs(latent, step, context))
+
+
+def _output(executable: Executable, signature: Signature, given: Mapping[str, Array]) -> Floats:
+    """A copy of the first output, for runtimes that reuse buffers."""
+    return np.array(call(executable, signature, given)[signature.outputs[0].name], dtype=np.float32)
 
 
 def _one_line(error: BaseException) -> str:

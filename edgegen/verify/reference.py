@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -55,17 +55,23 @@ def pair(student: Student, a: Trajectory, prompt_b: str) -> Pair:
 
 
 def reference(
-    student: Student, prompts: Sequence[str] | None = None, seed: int = 0, step_counts: Sequence[int] | None = None
+    student: Student,
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+    step_counts: Sequence[int] | None = None,
+    signatures: Mapping[str, Signature] | None = None,
 ) -> Reference:
     """The reference of `student`: its example prompts (at most four) at its default steps, the first at all others too.
 
     `step_counts` replaces those counts: the first is what every prompt is drawn at. Prompt i is drawn from seed
     `seed + i` and paired with its neighbour; a single prompt is paired with the empty one. A `single` student is called
-    once on its example inputs. EdgegenError when the student's own output is not finite.
+    once on its example inputs. `signatures` are those of the components as they are lowered, where rewrites changed
+    them. EdgegenError when the student's own output is not finite.
     """
-    signatures = {name: Signature(part.inputs, part.outputs) for name, part in student.components.items()}
+    own = {name: Signature(part.inputs, part.outputs) for name, part in student.components.items()}
+    signatures = signatures or own
     if student.config.task == "single":
-        samples = {name: (_single(student, part),) for name, part in student.components.items()}
+        samples = {name: (_single(student, part, signatures[name]),) for name, part in student.components.items()}
         return Reference(signatures, samples)
     assert student.config.sampler is not None and student.config.latent is not None
     chosen = tuple(prompts if prompts is not None else student.config.example_prompts[:MAX_PROMPTS]) or ("",)
@@ -79,13 +85,17 @@ def reference(
     return Reference(signatures, samples_of(signatures, drawn), tuple(drawn), pairs, latent.scale, latent.shift)
 
 
-def _single(student: Student, component: Component) -> Sample:
+def _single(student: Student, component: Component, signature: Signature) -> Sample:
     given = component.example_inputs()
     outputs = [part.numpy() for part in _call(component, *given)]
     _require_finite(student, component.name, outputs)
     return Sample(
         "example inputs",
-        {spec.name: value.numpy() for spec, value in zip(component.inputs, given, strict=True)},
+        {
+            spec.name: value.numpy()
+            for spec, value in zip(component.inputs, given, strict=True)
+            if spec in signature.inputs
+        },
         {spec.name: value for spec, value in zip(component.outputs, outputs, strict=True)},
     )
 

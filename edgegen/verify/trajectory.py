@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Array
-from edgegen.students.sampler import SamplerStep
+from edgegen.students.sampler import SamplerStep, moment
 
 Picture = NDArray[np.uint8]
 """[H, W, 3]."""
@@ -77,6 +77,11 @@ class Signature:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    def denoiser_inputs(self, latent: Array, step: SamplerStep, context: Array) -> dict[str, Array]:
+        """One call of a denoiser with this signature, whatever it takes for the time."""
+        names = {spec.name for spec in self.inputs}
+        return {"latent": latent, **moment(step, names), "context": context}
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -107,19 +112,19 @@ def samples_of(signatures: Mapping[str, Signature], drawn: Sequence[Trajectory])
     """Every call that the trajectories made, per component in their order; a prompt's encoding is taken once."""
     found: dict[str, list[Sample]] = {"text_encoder": [], "denoiser": [], "decoder": []}
 
-    def add(component: str, label: str, inputs: Sequence[Array], output: Array) -> None:
-        signature = signatures[component]
-        names = [spec.name for spec in signature.inputs]
-        given = dict(zip(names, inputs, strict=True))
-        found[component].append(Sample(label, given, {signature.outputs[0].name: output}))
+    def add(component: str, label: str, inputs: Mapping[str, Array], output: Array) -> None:
+        found[component].append(Sample(label, inputs, {signatures[component].outputs[0].name: output}))
+
+    def only(component: str, value: Array) -> dict[str, Array]:
+        return {signatures[component].inputs[0].name: value}
 
     for one in drawn:
         count = len(one.steps)
         if f"“{one.prompt}”" not in {sample.label for sample in found["text_encoder"]}:
-            add("text_encoder", f"“{one.prompt}”", [one.input_ids], one.context)
+            add("text_encoder", f"“{one.prompt}”", only("text_encoder", one.input_ids), one.context)
         for index, step in enumerate(one.steps, start=1):
-            time = np.array([step.timestep], dtype=np.float32)
             label = f"“{one.prompt}”, step {index} of {count}"
-            add("denoiser", label, [step.model_input, time, one.context], step.prediction)
-        add("decoder", f"“{one.prompt}”, {count} steps", [one.decoder_input], one.image)
+            given = signatures["denoiser"].denoiser_inputs(step.model_input, step.coefficients, one.context)
+            add("denoiser", label, given, step.prediction)
+        add("decoder", f"“{one.prompt}”, {count} steps", only("decoder", one.decoder_input), one.image)
     return {name: tuple(samples) for name, samples in found.items()}

@@ -45,9 +45,13 @@ class Lowering:
         return LowerRequest(part.name, **(fields | changes))
 
     def lower(self, backend, folder, name, precision):
+        from edgegen.rewrite.to_half import ToHalf
+
         from edgegen.graph.capture import capture
 
-        program = capture(self.parts[name], half=backend.half_graph and precision == "fp16")
+        program = capture(self.parts[name])
+        if backend.half_graph and precision == "fp16":
+            program = ToHalf()(program).program
         result = backend.lower(program, self.request(self.parts[name], precision, folder))
         return SimpleNamespace(path=folder / result.file, result=result, program=program)
 

@@ -20,6 +20,7 @@ from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower import coreai
 from edgegen.lower.backend import LowerRequest
 from edgegen.lower.worker import lower_in_child
+from edgegen.rewrite.to_half import ToHalf
 
 BACKEND = coreai.BACKEND
 pytestmark = pytest.mark.skipif(BACKEND.not_executed_here() is not None, reason="no wheel of coreai-core for this host")
@@ -29,6 +30,7 @@ import sys, torch
 from pathlib import Path
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import LowerRequest, get_backend
+from edgegen.rewrite.to_half import ToHalf
 
 name, program, out, inputs, outputs, precision = sys.argv[1:]
 specs = [tuple(TensorSpec.model_validate_json(line) for line in text.splitlines()) for text in (inputs, outputs)]
@@ -100,7 +102,7 @@ def test_asset_tells_neither_when_nor_where(assets):
 def test_two_processes_write_the_same_bytes(lowering, tmp_path, capfd):
     """The worker's child, and a process with another hash seed that is given the same program."""
     part = lowering.parts["denoiser"]
-    program = capture(part, half=True)
+    program = ToHalf()(capture(part)).program
     folders = [tmp_path / "worker", tmp_path / "other"]
     folders[1].mkdir()
     request = LowerRequest("again", part.inputs, part.outputs, "fp16", folders[0])

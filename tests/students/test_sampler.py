@@ -1,9 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from edgegen.students.sampler import SamplerConfig
+from edgegen.students.sampler import SamplerConfig, SamplerStep, moment
 
 
 def sdxs(**changes):
@@ -78,3 +79,23 @@ def test_flow_matching_walks_straight_to_the_data():
 def test_contradictions_are_refused(changes):
     with pytest.raises(ValidationError):
         sdxs(**changes)
+
+
+def test_every_timestep_of_every_count_is_listed_once_and_steps_point_at_theirs():
+    times = {1: (1.0,), 2: (1.0, 0.5), 4: (1.0, 0.75, 0.5, 0.25)}
+    config = SamplerConfig(scheduler="flow_match_euler", prediction_type="velocity", times=times, default_steps=4)
+    assert config.timesteps() == (1000.0, 750.0, 500.0, 250.0)
+    assert [step.index for step in config.table(2)] == [0, 2]
+    for count in times:
+        assert [config.timesteps()[step.index] for step in config.table(count)] == [
+            step.timestep for step in config.table(count)
+        ]
+
+
+def test_a_denoiser_is_told_the_time_in_the_form_that_it_takes():
+    step = SamplerStep(timestep=750.0, sample=1.0, prediction=-0.25, index=1)
+    assert moment(step, {"latent", "context"}) == {}
+    (time,) = moment(step, {"latent", "timestep", "context"}).values()
+    assert time.tolist() == [750.0] and time.dtype == np.float32
+    (index,) = moment(step, {"latent", "step", "context"}).values()
+    assert index.tolist() == [1] and index.dtype == np.int32

@@ -18,12 +18,16 @@ def shapes_reference(shapes):
 
 
 def lower_onnx(component, module, out_dir, precision="fp32"):
+    from edgegen.rewrite.to_half import ToHalf
+
     from edgegen.graph.capture import capture
     from edgegen.lower.backend import LowerRequest, get_backend
 
     backend = get_backend("onnx")
     out_dir.mkdir(parents=True, exist_ok=True)
-    program = capture(dataclasses.replace(component, module=module), half=precision == "fp16" and backend.half_graph)
+    program = capture(dataclasses.replace(component, module=module))
+    if precision == "fp16" and backend.half_graph:
+        program = ToHalf()(program).program
     request = LowerRequest(component.name, component.inputs, component.outputs, precision, out_dir)
     return out_dir / backend.lower(program, request).file
 

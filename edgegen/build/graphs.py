@@ -1,0 +1,60 @@
+"""From a component to the graph that a backend lowers: capture, the canonical passes, the target's passes."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from torch.export import ExportedProgram
+
+from edgegen.graph.capture import capture, signature
+from edgegen.rewrite.pipeline import Observer, PassRecord, Pipeline
+from edgegen.students.student import Component
+from edgegen.verify.trajectory import Signature
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """A graph, what made it of the captured one, and its signature: passes may take inputs out or replace them."""
+
+    program: ExportedProgram
+    records: tuple[PassRecord, ...]
+    signature: Signature
+
+
+class Graphs:
+    """Graphs of one student's components, each made once and only when something asks for it."""
+
+    def __init__(self) -> None:
+        self._captured: dict[str, ExportedProgram] = {}
+        self._rewritten: dict[tuple[str, str], Rewriting] = {}
+        self._lock = threading.RLock()  # torch.export keeps its state in globals
+
+    def captured(self, component: Component) -> ExportedProgram:
+        """The component as it was traced, in fp32."""
+        with self._lock:
+            if component.fingerprint not in self._captured:
+                self._captured[component.fingerprint] = capture(component)
+            return self._captured[component.fingerprint]
+
+    def canonical(self, component: Component, pipeline: Pipeline) -> Rewriting:
+        """After the passes that every target shares."""
+        key = (component.fingerprint, str(pipeline))
+        with self._lock:
+            if key not in self._rewritten:
+                program, records = pipeline.run(self.captured(component))
+                found = Signature(signature(program), component.outputs)
+                self._rewritten[key] = Rewriting(program, records, found)
+            return self._rewritten[key]
+
+    def shaped(
+        self, component: Component, canonical: Pipeline, shape: Pipeline, observers: tuple[Observer, ...] = ()
+    ) -> Rewriting:
+        """After the target's passes too; not kept, since each is lowered once. `observers` see the canonical passes
+        as well."""
+        with self._lock:
+            if observers:
+                canonical.run(self.captured(component), observers)
+            start = self.canonical(component, canonical)
+            program, records = shape.run(start.program, observers)
+            return Rewriting(program, start.records + records, Signature(signature(program), component.outputs))

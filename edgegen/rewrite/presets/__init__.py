@@ -1,0 +1,1 @@
+"""Pipelines as data: `canonical` for every target, and one module a backend for what its runtime wants."""

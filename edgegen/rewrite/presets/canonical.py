@@ -1,0 +1,17 @@
+"""Rewrites that are right for every target: what follows meets fewer shapes of graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgegen.rewrite.base import Pass
+from edgegen.rewrite.drop_unused_inputs import DropUnusedInputs
+from edgegen.rewrite.fold_constants import FoldConstants
+from edgegen.rewrite.remove_identities import RemoveIdentities
+from edgegen.rewrite.specialise_timestep import SpecialiseTimestep
+
+
+def passes(timesteps: Sequence[float] = ()) -> tuple[Pass, ...]:
+    """In order; `timesteps` are those at which a sampler calls this component, none for a component without time."""
+    time = (SpecialiseTimestep(tuple(timesteps)),) if timesteps else ()
+    return (RemoveIdentities(), *time, FoldConstants(), DropUnusedInputs())

@@ -1,0 +1,23 @@
+"""What XNNPACK under ExecuTorch takes whole: every op of an SDXS-like UNet ends in one delegate."""
+
+from __future__ import annotations
+
+from edgegen.rewrite.base import Pass
+from edgegen.rewrite.explicit_attention import ExplicitAttention
+from edgegen.rewrite.explicit_group_norm import ExplicitGroupNorm
+from edgegen.rewrite.explicit_layer_norm import ExplicitLayerNorm
+from edgegen.rewrite.fold_bias_add import FoldBiasAdd
+from edgegen.rewrite.split_chunked_linear import SplitChunkedLinear
+from edgegen.rewrite.upsample_to_conv_transpose import UpsampleToConvTranspose
+
+
+def passes() -> tuple[Pass, ...]:
+    """In order, after the canonical passes."""
+    return (
+        SplitChunkedLinear(),
+        ExplicitAttention(rank=3),
+        UpsampleToConvTranspose(),
+        FoldBiasAdd(),
+        ExplicitGroupNorm(form="grouped-conv"),
+        ExplicitLayerNorm(form="linear-mean"),
+    )
