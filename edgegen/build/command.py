@@ -30,6 +30,7 @@ class BuildRequest:
     steps: int | None = None
     require_full_delegation: bool = False
     passes: str | None = None
+    max_pieces: int | None = None
     dump_ir: Path | None = None
     """Folder for every graph after every pass: `<target>/<backend>/<component>/`."""
 
@@ -48,7 +49,12 @@ def prepare(request: BuildRequest) -> Prepared:
     targets = [load_target(name) for name in request.targets]
     student = load(request.model)
     options = BuildOptions(
-        request.backends, request.precision, request.steps, request.require_full_delegation, request.passes
+        request.backends,
+        request.precision,
+        request.steps,
+        request.require_full_delegation,
+        request.passes,
+        request.max_pieces,
     )
     recipes = [
         resolve(student, target, options, _output(request, student, target.name, len(targets))) for target in targets

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
 from torch.export import ExportedProgram
 
 from edgegen.graph.capture import capture, signature
+from edgegen.rewrite.forecast import Forecast, forecast
+from edgegen.rewrite.half_hazards import Hazard
+from edgegen.rewrite.half_safety import make_half_safe
 from edgegen.rewrite.pipeline import Observer, PassRecord, Pipeline
 from edgegen.students.student import Component
-from edgegen.verify.trajectory import Signature
+from edgegen.verify.trajectory import Sample, Signature
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,8 @@ class Rewriting:
     program: ExportedProgram
     records: tuple[PassRecord, ...]
     signature: Signature
+    hazards: tuple[Hazard, ...] = ()
+    """What float16 would have broken, and what was done about it; () for float32."""
 
 
 class Graphs:
@@ -58,3 +66,22 @@ class Graphs:
             start = self.canonical(component, canonical)
             program, records = shape.run(start.program, observers)
             return Rewriting(program, start.records + records, Signature(signature(program), component.outputs))
+
+    def forecast(self, rewriting: Rewriting, backend: str) -> Forecast:
+        """How many pieces `backend` will make of a graph."""
+        with self._lock:
+            return forecast(rewriting.program, backend)
+
+    def half(
+        self, component: Component, canonical: Pipeline, shape: Pipeline, samples: Sequence[Sample], *, cast: bool
+    ) -> Rewriting:
+        """As `shaped`, and safe for float16 on `samples`; with `cast` in float16 but for its islands."""
+        with self._lock:
+            start = self.shaped(component, canonical, shape)
+            given = [{name: torch.from_numpy(np.array(v)) for name, v in one.inputs.items()} for one in samples]
+            safe = make_half_safe(start.program, given)
+            passes = safe.passes if cast else safe.rewrites
+            program, records = Pipeline(passes).run(start.program)
+            return replace(
+                start, program=program, records=start.records + records, hazards=safe.hazards + safe.remaining
+            )

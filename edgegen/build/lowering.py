@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache as memoize
@@ -17,13 +18,17 @@ from pydantic import TypeAdapter
 import edgegen
 from edgegen.build.graphs import Graphs
 from edgegen.cache import Cache
-from edgegen.errors import EdgegenError
+from edgegen.errors import EdgegenError, GateError
 from edgegen.lower.backend import Backend, Lowered, LowerRequest, Precision, get_backend
 from edgegen.lower.worker import lower_in_child
+from edgegen.rewrite.forecast import Forecast
+from edgegen.rewrite.half_hazards import Hazard
 from edgegen.rewrite.pipeline import PassRecord, Pipeline
 from edgegen.students.student import Component, Student
+from edgegen.verify.trajectory import Sample
 
 RECORDS = TypeAdapter(tuple[PassRecord, ...])
+HAZARDS = TypeAdapter(tuple[Hazard, ...])
 PARALLEL_LIMIT_BYTES = 1 << 30
 """Components with more weights than this are lowered one at a time: converters peak at several times the weights."""
 
@@ -38,6 +43,15 @@ class LowerJob:
     options: Mapping[str, str]
     canonical: Pipeline
     shape: Pipeline
+    max_pieces: int | None = None
+    """A graph that its delegate would cut into more pieces is not lowered; None asks for nothing."""
+    samples: tuple[Sample, ...] = ()
+    """Calls on the student's own trajectory: what fp16 is made safe on."""
+
+    @property
+    def half(self) -> bool:
+        """Whether float16 arithmetic comes out of this: fp16 that is only stored needs no care."""
+        return self.precision == "fp16" and get_backend(self.backend).half != "storage"
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,10 @@ class LoweredComponent:
     entry: Path
     lowered: Lowered
     records: tuple[PassRecord, ...]
+    hazards: tuple[Hazard, ...]
+    """What fp16 would have broken, and what was done about it."""
+    forecast: Forecast
+    """What the delegate was expected to do with the graph, before it was lowered."""
 
     @property
     def path(self) -> Path:
@@ -129,7 +147,13 @@ def _lower_one(job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path) -> Lo
     log = log_dir / f"{job.backend}-{job.component.name}.log"
 
     def build(entry: Path) -> None:
-        rewriting = graphs.shaped(job.component, job.canonical, job.shape)
+        if job.half:
+            cast = backend.half == "graph"
+            rewriting = graphs.half(job.component, job.canonical, job.shape, job.samples, cast=cast)
+        else:
+            rewriting = graphs.shaped(job.component, job.canonical, job.shape)
+        foreseen = graphs.forecast(rewriting, job.backend)
+        _require_pieces(job, foreseen)
         out_dir = entry / "artifact"
         out_dir.mkdir()
         request = LowerRequest(
@@ -143,11 +167,30 @@ def _lower_one(job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path) -> Lo
         lowered = lower_in_child(job.backend, rewriting.program, request, log)
         (entry / "lowered.json").write_text(lowered.model_dump_json())
         (entry / "passes.json").write_bytes(RECORDS.dump_json(rewriting.records))
+        (entry / "hazards.json").write_bytes(HAZARDS.dump_json(rewriting.hazards))
+        (entry / "forecast.json").write_text(foreseen.model_dump_json())
         shutil.copyfile(log, entry / "log.txt")
 
     try:
         entry = cache.directory(key, build)
+        _require_pieces(job, Forecast.model_validate_json((entry / "forecast.json").read_text()))
     except EdgegenError as error:
         return LowerFailure(job, error, log)
     lowered = Lowered.model_validate_json((entry / "lowered.json").read_text())
-    return LoweredComponent(job, entry, lowered, RECORDS.validate_json((entry / "passes.json").read_bytes()))
+    records = RECORDS.validate_json((entry / "passes.json").read_bytes())
+    hazards = HAZARDS.validate_json((entry / "hazards.json").read_bytes())
+    foreseen = Forecast.model_validate_json((entry / "forecast.json").read_text())
+    return LoweredComponent(job, entry, lowered, records, hazards, foreseen)
+
+
+def _require_pieces(job: LowerJob, foreseen: Forecast) -> None:
+    """GateError, before anything is lowered, for a graph that would be cut into more pieces than allowed."""
+    if job.max_pieces is None or foreseen.pieces is None or foreseen.pieces <= job.max_pieces:
+        return
+    cuts = Counter((one.op, one.reason) for one in foreseen.outside if one.cuts)
+    lines = [
+        f"`{job.component.name}` would be cut into {foreseen.pieces} pieces by {foreseen.delegate}, "
+        f"{job.max_pieces} allowed"
+    ]
+    lines += [f"    {op} x{count}: {reason}" for (op, reason), count in cuts.most_common(8)]
+    raise GateError("\n".join(lines))

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -67,8 +67,8 @@ class Built:
     manifest: Manifest
     reports: tuple[ParityReport, ...]
     failures: tuple[LowerFailure, ...]
-    passes: dict[str, dict[str, list[dict[str, object]]]]
-    """Backend -> component -> what each pass did."""
+    rewrites: dict[str, dict[str, dict[str, Any]]]
+    """Backend -> component -> `passes`, what each did, and `hazards` of float16, as JSON."""
 
     @property
     def passed(self) -> bool:
@@ -81,7 +81,7 @@ class Built:
             "target": self.recipe.target,
             "path": str(self.path),
             "backends": {report.backend: summarise(self.manifest, report) for report in self.reports},
-            **({"passes": self.passes} if time_passes else {}),
+            **({"rewrites": self.rewrites} if time_passes else {}),
         }
 
 
@@ -139,10 +139,13 @@ def raise_for_failures(built: Sequence[Built]) -> None:
     """EdgegenError for what could not be lowered, else GateError with the table of gates that were not met."""
     failures = [(result, failure) for result in built for failure in result.failures]
     if failures:
-        lines = [f"{len(failures)} of the components could not be lowered"]
-        lines += [f"  {result.recipe.target}: {failure.error.message}" for result, failure in failures]
+        refused = all(isinstance(failure.error, GateError) for _, failure in failures)
+        what = "would be cut into too many pieces" if refused else "could not be lowered"
+        lines = [f"{len(failures)} of the components {what}"]
+        lines += [f"  {result.recipe.target}, {f.job.backend}: {f.error.message}" for result, f in failures]
         where = " and ".join(sorted({str(result.path) for result, _ in failures}))
-        raise EdgegenError("\n".join(lines), hint=f"what was made, with logs, is in {where}")
+        kind = GateError if refused else EdgegenError
+        raise kind("\n".join(lines), hint=f"what was made, with logs, is in {where}")
     try:
         gates.require([report for result in built for report in result.reports])
     except GateError as error:
@@ -155,6 +158,7 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
     student, progress = shared.student, shared.progress
     with reserve(recipe.output) as writer, tempfile.TemporaryDirectory(prefix="edgegen-build-") as folder:
         work = Path(folder)
+        truth = shared.reference(recipe)
         jobs = [
             LowerJob(
                 student.components[name],
@@ -163,11 +167,12 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
                 backend.options,
                 _pipeline(recipe.canonical[name]),
                 _pipeline(backend.passes),
+                recipe.max_pieces,
+                truth.one_picture()[name],
             )
             for backend in recipe.backends
             for name in recipe.components
         ]
-        truth = shared.reference(recipe)
         if shared.dump_ir is not None:
             _dump(shared.graphs, jobs, shared.dump_ir / recipe.target)
         progress.stage(f"{recipe.target}: lower", len(jobs))
@@ -179,7 +184,7 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
         verified = _verify(shared, recipe, manifest, lowered, truth, work)
         manifest = manifest.model_copy(update={"artifacts": tuple(_executed(a, verified) for a in manifest.artifacts)})
         built = Built(
-            recipe, recipe.output, manifest, tuple(v.parity for v in verified.values()), failures, _passes(lowered)
+            recipe, recipe.output, manifest, tuple(v.parity for v in verified.values()), failures, _rewrites(lowered)
         )
         progress.stage(f"{recipe.target}: bundle", 1)
         contents = _contents(built, student, verified, lowered, truth, work)
@@ -245,7 +250,7 @@ def _artifact(one: LoweredComponent) -> Artifact:
         delegation=one.lowered.delegation,
         details=one.lowered.details,
         notes=one.lowered.notes,
-        passes=(*one.job.canonical.specs(), *one.job.shape.specs()),
+        passes=tuple(record.spec for record in one.records),
         executed=False,
     )
 
@@ -356,12 +361,12 @@ def _contents(
     profiles = {name: found.profile for name, found in verified.items() if found.profile is not None}
     parity = {name: found.parity for name, found in verified.items()}
     rows = _pictures(truth, list(verified), work)
-    page = render(built.manifest, parity, profiles, rows, sorted(logs), built.passes)
+    page = render(built.manifest, parity, profiles, rows, sorted(logs), built.rewrites)
     return BundleContents(
         manifest=built.manifest,
         artifacts=[(one.job.backend, one.entry / "artifact") for one in lowered],
         files=files,
-        reports={**logs, "parity.json": parity, "profile.json": profiles, "passes.json": built.passes},
+        reports={**logs, "parity.json": parity, "profile.json": profiles, "rewrites.json": built.rewrites},
         report_html=page,
     )
 
@@ -374,10 +379,12 @@ def _dump(graphs: Graphs, jobs: Sequence[LowerJob], folder: Path) -> None:
         graphs.shaped(job.component, job.canonical, job.shape, (Dump(folder / job.backend / job.component.name),))
 
 
-def _passes(lowered: Sequence[LoweredComponent]) -> dict[str, dict[str, list[dict[str, object]]]]:
-    """Backend -> component -> what each pass did."""
-    found: dict[str, dict[str, list[dict[str, object]]]] = {}
+def _rewrites(lowered: Sequence[LoweredComponent]) -> dict[str, dict[str, dict[str, Any]]]:
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for one in lowered:
-        records = [record.model_dump(mode="json") for record in one.records]
-        found.setdefault(one.job.backend, {})[one.job.component.name] = records
+        found.setdefault(one.job.backend, {})[one.job.component.name] = {
+            "passes": [record.model_dump(mode="json") for record in one.records],
+            "hazards": [hazard.model_dump(mode="json") for hazard in one.hazards],
+            "forecast": one.forecast.model_dump(mode="json"),
+        }
     return found

@@ -32,6 +32,7 @@ class BuildOptions:
     require_full_delegation: bool = False
     passes: str | None = None
     """Changes to the preset passes, as `edgegen.rewrite.choose.Edits` reads them."""
+    max_pieces: int | None = None
 
 
 class BackendRecipe(BaseModel):
@@ -62,6 +63,8 @@ class Recipe(BaseModel):
     canonical: dict[str, tuple[str, ...]]
     """Component -> the passes that every backend shares."""
     steps: int | None
+    max_pieces: int | None = None
+    """A graph that would be cut into more is not lowered."""
     gates: Gates
     output: Path
 
@@ -94,7 +97,7 @@ def resolve(student: Student, target: Target, options: BuildOptions, output: Pat
                 f"target `{target.name}` does not execute {precision} with `{name}`", hint=f"use {offered}"
             )
         require(get_backend(name), "lower")
-        shape = edits.shape(shape_preset(name, precision), longest)
+        shape = edits.shape(shape_preset(name), longest)
         recipes.append(BackendRecipe(name=name, precision=precision, options=dict(spec.options), passes=shape.specs()))
     declined = {name: "not asked for; `--backend all` builds it too" for name in target.backends if name not in names}
     declined |= {name: reason for name, reason in target.denied_backends.items() if name not in declined}
@@ -108,6 +111,7 @@ def resolve(student: Student, target: Target, options: BuildOptions, output: Pat
         declined=declined,
         canonical={name: edits.canonical(preset).specs() for name, preset in presets.items()},
         steps=_steps(student, options.steps),
+        max_pieces=options.max_pieces,
         gates=default_gates(require_full_delegation=options.require_full_delegation),
         output=output,
     )

@@ -42,6 +42,11 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 @click.option("--steps", type=click.IntRange(min=1), help="Sampling steps that `run` takes by default.")
 @click.option("--require-full-delegation", is_flag=True, help="Exit 3 unless one delegate takes every op in one piece.")
 @click.option(
+    "--max-pieces",
+    type=click.IntRange(min=1),
+    help="Exit 3, before lowering, if a delegate would cut a component into more pieces.",
+)
+@click.option(
     "--passes",
     metavar="LIST",
     help="Changes to the rewrites: `-name` leaves one out, `name{option=value}` adds or replaces one, `none` clears.",
@@ -62,6 +67,7 @@ def command(
     precision: Precision | None,
     steps: int | None,
     require_full_delegation: bool,
+    max_pieces: int | None,
     passes: str | None,
     dump_ir: Path | None,
     time_passes: bool,
@@ -83,6 +89,7 @@ def command(
         precision=precision,
         steps=steps,
         require_full_delegation=require_full_delegation,
+        max_pieces=max_pieces,
         passes=passes,
         dump_ir=dump_ir,
     )
@@ -122,5 +129,5 @@ def _text(built: Built, time_passes: bool) -> str:
     from edgegen.report.rewrites import timing_table
     from edgegen.report.summary import summary_table
 
-    times = f"\n\n{timing_table(built.passes)}\n" if time_passes else ""
+    times = f"\n\n{timing_table(built.rewrites)}\n" if time_passes else ""
     return f"{summary_table(built.manifest, built.reports)}{times}\n{built.path}"

@@ -158,7 +158,8 @@ class Editor:
     def constant(self, value: Tensor, name: str) -> Node:
         """A new weight; `name` is a dotted path like a parameter's, made unique when it is taken."""
         value = value.detach().contiguous()
-        target, number = name.strip("."), 1
+        name = name.strip(".")
+        target, number = name, 1
         while target in self._state or target in self._constants:
             number += 1
             target = f"{name}_{number}"
@@ -261,7 +262,7 @@ class Editor:
 
     def finish(self) -> ExportedProgram:
         """The edited program: dead calls and unread weights are gone, everything is where its readers need it."""
-        self.graph.eliminate_dead_code()
+        self.sweep()
         self._restride()
         for node in [node for node in self.graph.nodes if node.op == "placeholder" and not node.users]:
             if self._specs[node.name].kind in _WEIGHTS:
@@ -287,8 +288,12 @@ class Editor:
             verifiers=self._source.verifiers,
         )
 
+    def sweep(self) -> None:
+        """Take out calls that nothing reads; asserts and calls that mutate stay."""
+        self.graph.eliminate_dead_code(is_impure_node=_has_effect)
+
     def _restride(self) -> None:
-        """Values after a rewrite may lie otherwise in memory: propagate that, and reshape what can no longer be viewed."""
+        """Values may lie otherwise in memory after a rewrite: propagate that, reshape what can no longer be viewed."""
         dirty: set[Node] = set()
         for node in self.nodes():
             moved = any(one in dirty for one in node.all_input_nodes) or node in self._new_readers
@@ -360,12 +365,20 @@ def _copied(graph: Graph) -> Graph:
     return copied
 
 
+def _has_effect(node: Node) -> bool:
+    """fx's own rule, but that a random call has none: attention and dropout count as random, whatever they drop."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+        return bool(target._schema.is_mutable)
+    return bool(node.is_impure())
+
+
 def _strides(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_strides(one) for one in value]
     return tuple(value.stride()) if isinstance(value, Tensor) else None
 
 
-def _example(node: Node) -> Tensor:
-    fake = node.meta["val"]
-    return torch.zeros(tuple(fake.shape), dtype=fake.dtype)
+def _example(node: Node) -> Any:
+    value = node.meta["val"]  # no tensor where a caller passes a constant, as None
+    return torch.zeros(tuple(value.shape), dtype=value.dtype) if isinstance(value, Tensor) else value

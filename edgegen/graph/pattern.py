@@ -4,13 +4,13 @@
     swish = Op(aten.mul.Tensor, x, Op(aten.sigmoid.default, x), commutative=True)
     match(swish, node)  # Match(root, {"x": ...}, inner nodes) or None
 
-A `Var` seen twice must be the same node. An inner call that something outside the match reads is no match unless its
-pattern says `shared`: rewriting would keep it alive and compute it twice.
+A `Var` seen twice must be the same node (or an equal literal). An inner call that something outside the match reads is
+no match unless its pattern says `shared`: rewriting would keep it alive and compute it twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,14 +61,12 @@ class Match:
 
 
 def match(pattern: Op, node: Node) -> Match | None:
-    """`pattern` at `node`, or None. The first order of a commutative call's arguments that fits is taken."""
-    found = _match(pattern, node, _Found({}, {}))
-    if found is None:
-        return None
-    for inner, shared in found.calls.items():
-        if inner is not node and not shared and any(user not in found.calls for user in inner.users):
-            return None
-    return Match(node, found.values, tuple(found.calls))
+    """`pattern` at `node`, or None. The first order of commutative calls' arguments that fits as a whole is taken."""
+    for found in _matches(pattern, node, _Found({}, {})):
+        inner = (call for call, shared in found.calls.items() if call is not node and not shared)
+        if not any(user not in found.calls for call in inner for user in call.users):
+            return Match(node, found.values, tuple(found.calls))
+    return None
 
 
 @dataclass(frozen=True)
@@ -79,32 +77,46 @@ class _Found:
     calls: Mapping[Node, bool]
 
 
-def _match(pattern: Any, value: Any, so_far: _Found) -> _Found | None:
+def _matches(pattern: Any, value: Any, so_far: _Found) -> Iterator[_Found]:
+    """Every way in which `value` fits."""
     if isinstance(pattern, Var):
         if not pattern.literal and not isinstance(value, Node):
-            return None
-        if pattern.name in so_far.values and so_far.values[pattern.name] is not value:
-            return None
-        return _Found({**so_far.values, pattern.name: value}, so_far.calls)
+            return
+        if pattern.name in so_far.values and not _same(so_far.values[pattern.name], value):
+            return
+        yield _Found({**so_far.values, pattern.name: value}, so_far.calls)
+        return
     if not isinstance(pattern, Op):
-        return so_far if _equal(pattern, value) else None
+        if _equal(pattern, value):
+            yield so_far
+        return
     if not isinstance(value, Node) or value.op != "call_function" or value.target not in pattern.targets:
-        return None
+        return
     if len(value.args) < len(pattern.args):
-        return None
+        return
     named = {pattern.name: value} if pattern.name else {}
     start = _Found({**so_far.values, **named}, {**so_far.calls, value: pattern.shared})
     orders = [value.args[: len(pattern.args)]]
-    if pattern.commutative:
+    if pattern.commutative and len(value.args) > 1:
         first, second, *rest = value.args
         orders.append((second, first, *rest)[: len(pattern.args)])
     for order in orders:
-        found: _Found | None = start
-        for part, argument in zip(pattern.args, order, strict=True):
-            found = None if found is None else _match(part, argument, found)
-        if found is not None:
-            return found
-    return None
+        yield from _all(pattern.args, order, start)
+
+
+def _all(patterns: Sequence[Any], values: Sequence[Any], so_far: _Found) -> Iterator[_Found]:
+    if not patterns:
+        yield so_far
+        return
+    for found in _matches(patterns[0], values[0], so_far):
+        yield from _all(patterns[1:], values[1:], found)
+
+
+def _same(first: Any, second: Any) -> bool:
+    """One node, or equal literals."""
+    if isinstance(first, Node) or isinstance(second, Node):
+        return first is second
+    return _equal(first, second)
 
 
 def _equal(pattern: Any, value: Any) -> bool:

@@ -88,8 +88,8 @@ class Backend(Protocol):
     extra: str
     suffix: str
     precisions: tuple[Precision, ...]
-    half_graph: bool
-    """For fp16: wants a graph captured from the half-precision module (True), or converts the fp32 graph itself."""
+    half: Literal["graph", "converter", "storage"]
+    """fp16 is made of a float16 graph; by the converter, of a float32 one; or of float16 weights alone."""
     lower_modules: tuple[str, ...]
     run_modules: tuple[str, ...]
     distributions: tuple[str, ...]

@@ -123,7 +123,7 @@ class CoreAIBackend:
     extra = "coreai"
     suffix = ".aimodel"
     precisions: tuple[Precision, ...] = ("fp32", "fp16")
-    half_graph = True
+    half: Literal["graph", "converter", "storage"] = "graph"
     lower_modules = ("torch", "coreai_torch", "coreai")
     run_modules = ("coreai",)
     distributions = ("torch", "coreai-torch", "coreai-core")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -78,7 +78,7 @@ class CoreMLBackend:
     extra = "coreml"
     suffix = ".mlpackage"
     precisions: tuple[Precision, ...] = ("fp32", "fp16")
-    half_graph = False
+    half: Literal["graph", "converter", "storage"] = "converter"
     lower_modules = ("torch", "coremltools")
     run_modules = ("coremltools",)
     distributions = ("torch", "coremltools")

@@ -13,8 +13,10 @@ import gc
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import isfunction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
@@ -70,21 +72,20 @@ class ExecuTorchBackend:
     extra = "executorch"
     suffix = ".pte"
     precisions: tuple[Precision, ...] = ("fp32", "fp16")
-    half_graph = True
+    half: Literal["graph", "converter", "storage"] = "graph"
     lower_modules = ("torch", "executorch")
     run_modules = ("torch", "executorch")
     distributions = ("torch", "executorch")
 
     def lower(self, program: ExportedProgram, request: LowerRequest) -> Lowered:
         """Partition, serialise, read the method's description back. EdgegenError names the component."""
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
         file = f"{request.component}{self.suffix}"
         path = request.out_dir / file
         try:
-            with _no_collection():
-                edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            with _no_collection(), _shared_provenance(), _needless_traces_left_out():
+                edge = to_edge_transform_and_lower(program, partitioner=[_partitioner()])
                 delegation = _delegation(edge.exported_program())
                 final = edge.to_executorch()
             with path.open("wb") as stream:
@@ -185,6 +186,84 @@ def _operator(target: Any) -> str:
     if name == "executorch_call_delegate" or name == "getitem":
         return name
     return str(target).removeprefix("<EdgeOpOverload: ").partition(">")[0]
+
+
+def _partitioner() -> Any:
+    """XNNPACK's, which asks about each op that it wants whole only when some of them may have to be decomposed.
+
+    A partitioner that asks has its graph decomposed once more, with those ops hidden and then brought back.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    class Partitioner(XnnpackPartitioner):  # type: ignore[misc]
+        def ops_to_not_decompose(self, ep: ExportedProgram) -> tuple[list[Any], Any]:
+            ops, takes = super().ops_to_not_decompose(ep)
+            present = [node for node in ep.graph.nodes if node.target in ops]
+            if takes is None or not all(takes(node) for node in present):
+                return ops, takes
+            return sorted({node.target for node in present}, key=str), None
+
+    return Partitioner()
+
+
+@contextmanager
+def _shared_provenance() -> Iterator[None]:
+    """Each pass over a graph copies, for each node, the history of its origin, which is longer by one than before.
+
+    Nothing writes to a history once it is made, so a copy may be the thing itself: a fifth of the time.
+    """
+    from torch.fx.traceback import NodeSource
+
+    if "__deepcopy__" in vars(NodeSource):
+        yield
+        return
+    setattr(NodeSource, "__deepcopy__", lambda self, memo: self)  # noqa: B010 (mypy sees no such attribute)
+    try:
+        yield
+    finally:
+        delattr(NodeSource, "__deepcopy__")
+
+
+@contextmanager
+def _needless_traces_left_out() -> Iterator[None]:
+    """Most of XNNPACK's passes look for an op, edit the graph, and trace all of it again, found or not.
+
+    A pass that changes nothing while it traces (it overrides none of the hooks) gives the graph that it was given, so
+    on a graph that is as the last trace left it there is nothing to do: ten of seventeen passes a delegate.
+    """
+    from executorch.exir.pass_base import ExportPass
+    from torch.fx.passes.infra.pass_base import PassResult
+
+    if "call" in vars(ExportPass):
+        yield
+        return
+    trace = ExportPass.call
+    hooks = {name for kind in ExportPass.__mro__ for name, value in vars(kind).items() if isfunction(value)}
+    hooks -= {"__init__", "__call__", "call", "requires", "ensures"}
+    traced: WeakKeyDictionary[Any, tuple[Any, ...]] = WeakKeyDictionary()
+
+    def call(self: Any, graph_module: Any) -> Any:
+        plain = all(getattr(type(self), name) is getattr(ExportPass, name) for name in hooks)
+        if plain and traced.get(graph_module.graph) == _state(graph_module.graph):
+            return PassResult(graph_module, True)
+        result = trace(self, graph_module)
+        made = result.graph_module.graph
+        traced[made] = _state(made)
+        return result
+
+    ExportPass.call = call
+    try:
+        yield
+    finally:
+        del ExportPass.call
+
+
+def _state(graph: Any) -> tuple[Any, ...]:
+    """What a graph computes, and on which values it was last traced."""
+    return tuple(
+        (node.name, node.op, str(node.target), str(node.args), str(node.kwargs), id(node.meta.get("val")))
+        for node in graph.nodes
+    )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
@@ -68,7 +68,7 @@ class OnnxBackend:
     extra = "onnx"
     suffix = ".onnx"
     precisions: tuple[Precision, ...] = ("fp32", "fp16")
-    half_graph = True
+    half: Literal["graph", "converter", "storage"] = "graph"
     lower_modules = ("torch", "onnx", "onnxscript", "onnxruntime")
     run_modules = ("onnxruntime",)
     distributions = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
+from edgegen.lower.collection import without_collection
 from edgegen.lower.signature import check_call, check_product, check_signature, reason
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ class TfliteBackend:
     extra = "tflite"
     suffix = ".tflite"
     precisions: tuple[Precision, ...] = ("fp32", "fp16")
-    half_graph = False
+    half: Literal["graph", "converter", "storage"] = "storage"
     lower_modules = ("torch", "litert_torch", "litert_converter", "ai_edge_litert", "ai_edge_quantizer")
     run_modules = ("ai_edge_litert",)
     distributions = ("torch", "litert-torch", "litert-converter", "ai-edge-quantizer", "ai-edge-litert")
@@ -75,7 +77,7 @@ class TfliteBackend:
         file = f"{request.component}{self.suffix}"
         path = request.out_dir / file
         try:
-            content = _convert(program, request)
+            content, refusals = _convert(program, request)
             cast: Counter[str] = Counter()
             if request.precision == "fp16":
                 content, cast = _half_weights(content)
@@ -98,6 +100,7 @@ class TfliteBackend:
                 "norms, biases and all arithmetic on the CPU stay float32: "
                 "parity measured here is that of float16 weights, not of float16 arithmetic",
             )
+        notes += tuple(f"decomposed as a whole, which takes longer: {refusal}" for refusal in refusals)
         return Lowered(file=file, delegation=_delegation(path), details=details, notes=notes)
 
     def not_executed_here(self) -> str | None:
@@ -145,8 +148,11 @@ class _Names:
     flat_arg_names: list[str]
 
 
-def _convert(program: ExportedProgram, request: LowerRequest) -> bytes:
-    """`litert_torch.convert` from its second step on: decompose, its graph passes, MLIR, flatbuffer."""
+def _convert(program: ExportedProgram, request: LowerRequest) -> tuple[bytes, tuple[str, ...]]:
+    """`litert_torch.convert` from its second step on: decompose, its graph passes, MLIR, flatbuffer.
+
+    Gives the flatbuffer, and why it was decomposed the slow way where it was.
+    """
     from litert_torch import fx_infra
     from litert_torch._convert import core, litert_converter
     from torch.utils import _pytree as pytree
@@ -154,19 +160,65 @@ def _convert(program: ExportedProgram, request: LowerRequest) -> bytes:
     from edgegen.graph.edit import private_program
 
     fx_infra.silence_torch_logs()
-    decomposed = fx_infra.safe_run_decompositions(
-        private_program(program), fx_infra.decomp.pre_convert_decomp(), can_skip=False
-    )
-    ready = core._run_convert_passes(decomposed)
-    # Output names are read from the structure of what the program returns: a dict gives its keys.
-    entry = ready.module_call_graph[0]
-    named = pytree.tree_structure({spec.name: 0 for spec in request.outputs})
-    assert entry.signature is not None
-    ready.module_call_graph[0] = replace(entry, signature=replace(entry.signature, out_spec=named))
-    names = _Names(SIGNATURE, [spec.name for spec in request.inputs])
-    exporter = litert_converter.exported_programs_to_flatbuffer([ready], [names])
-    content: bytes = exporter.to_bytes()
-    return content
+    with _local_decompositions() as refusals, without_collection():
+        decomposed = fx_infra.safe_run_decompositions(
+            private_program(program), fx_infra.decomp.pre_convert_decomp(), can_skip=False
+        )
+        ready = core._run_convert_passes(decomposed)
+        # Output names are read from the structure of what the program returns: a dict gives its keys.
+        entry = ready.module_call_graph[0]
+        named = pytree.tree_structure({spec.name: 0 for spec in request.outputs})
+        assert entry.signature is not None
+        ready.module_call_graph[0] = replace(entry, signature=replace(entry.signature, out_spec=named))
+        names = _Names(SIGNATURE, [spec.name for spec in request.inputs])
+        exporter = litert_converter.exported_programs_to_flatbuffer([ready], [names])
+        content: bytes = exporter.to_bytes()
+    return content, tuple(dict.fromkeys(refusals))
+
+
+@contextmanager
+def _local_decompositions() -> Iterator[list[str]]:
+    """Let litert_torch decompose through `expand`, call by call.
+
+    It decomposes four times on its way, each time the whole program, which is most of a conversion's time. A program
+    that `expand` refuses goes the old way, and the list that is given says why. EdgegenError when litert_torch no
+    longer has the function that is exchanged.
+    """
+    from litert_torch import fx_infra
+
+    from edgegen.lower.expand import NotExpandable, expand, needs_expansion
+
+    home: Any = getattr(fx_infra, "_safe_run_decompositions", None)
+    found = getattr(home, "safe_run_decompositions", None)
+    if found is None or getattr(fx_infra, "safe_run_decompositions", None) is not found:
+        raise EdgegenError(
+            "litert_torch has no `fx_infra.safe_run_decompositions` any more, which its conversion went through",
+            hint="install the litert-torch that `edgegen doctor` names",
+        )
+
+    whole: Any = found
+    refusals: list[str] = []
+
+    def local(program: ExportedProgram, table: Mapping[Any, Any] | None = None, can_skip: bool = True) -> Any:
+        if table is None:
+            return whole(program, table, can_skip)
+        decompositions = dict(table.items())
+        if can_skip and not needs_expansion(program, decompositions):
+            return program
+        try:
+            return expand(program, decompositions)
+        except NotExpandable as refusal:
+            refusals.append(str(refusal))
+            return whole(program, table, can_skip)
+
+    modules: tuple[Any, ...] = (home, fx_infra)
+    for module in modules:
+        module.safe_run_decompositions = local
+    try:
+        yield refusals
+    finally:
+        for module in modules:
+            module.safe_run_decompositions = whole
 
 
 def _half_weights(content: bytes) -> tuple[bytes, Counter[str]]:

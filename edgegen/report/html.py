@@ -12,20 +12,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from edgegen.bundle.manifest import Artifact, Manifest
 from edgegen.profile.host import Host, ProfileReport
-from edgegen.report.rewrites import rewrites_by_backend
+from edgegen.report.rewrites import Rewrites, rewrites_by_backend
 from edgegen.verify.gates import decibels, describe_delegation, sensitivity_met
 from edgegen.verify.outcome import ComponentParity, Outcome, ParityReport, SensitivityStep
 from edgegen.verify.trajectory import Picture
 
 PictureRow = tuple[str, Picture, Mapping[str, Picture]]
 """What was asked, what the student drew, and what each backend's artifacts drew."""
-
-Passes = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
-"""Backend -> component -> records of `edgegen.rewrite.pipeline.PassRecord`, as JSON: `reports/passes.json`."""
 
 METER_DB = 160.0
 """Full length of a meter; fp32 against fp32 seldom agrees to more."""
@@ -67,7 +64,7 @@ def render(
     profile: Mapping[str, ProfileReport],
     pictures: Sequence[PictureRow],
     logs: Sequence[str] = (),
-    passes: Passes | None = None,
+    rewrites: Rewrites | None = None,
 ) -> str:
     """The page. `pictures` are uint8 [H, W, 3]; `logs` are names of files in the bundle's `reports/`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -103,7 +100,7 @@ def render(
         sensitivity=[row for name, one in parity.items() if (row := _sensitivity_row(name, one)) is not None],
         declined=_declined(manifest, parity, profile),
         logs=sorted(logs),
-        rewrites=rewrites_by_backend(passes or {}),
+        rewrites=rewrites_by_backend(rewrites or {}),
     )
 
 

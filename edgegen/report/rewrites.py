@@ -8,6 +8,8 @@ from typing import Any
 
 Records = Sequence[Mapping[str, Any]]
 """Records of `edgegen.rewrite.pipeline.PassRecord`, as JSON."""
+Rewrites = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Backend -> component -> `passes`, `hazards` and `forecast`: `reports/rewrites.json`."""
 
 
 @dataclass(frozen=True)
@@ -38,26 +40,28 @@ class ComponentRewrites:
     after: int
     changes: tuple[Change, ...]
     declined: tuple[NearMiss, ...]
+    hazards: Records
+    """Records of `edgegen.rewrite.half_hazards.Hazard`: what float16 would have broken."""
+    foreseen: int | None
+    """Pieces that the delegate was expected to make, None where the device decides."""
 
 
-def rewrites_by_backend(
-    passes: Mapping[str, Mapping[str, Records]],
-) -> dict[str, list[ComponentRewrites]]:
+def rewrites_by_backend(rewrites: Rewrites) -> dict[str, list[ComponentRewrites]]:
     """Backend -> its components, those without any pass left out."""
     found = {
-        backend: [_component(name, records) for name, records in parts.items() if records]
-        for backend, parts in passes.items()
+        backend: [_component(name, one) for name, one in parts.items() if one["passes"]]
+        for backend, parts in rewrites.items()
     }
     return {backend: parts for backend, parts in found.items() if parts}
 
 
-def timing_table(passes: Mapping[str, Mapping[str, Records]]) -> str:
+def timing_table(rewrites: Rewrites) -> str:
     """A line a pass: where it ran, the ops before and after it, and its seconds."""
     head = ("backend", "component", "pass", "ops", "seconds")
     rows = [head]
-    for backend, parts in passes.items():
-        for component, records in parts.items():
-            for one in records:
+    for backend, parts in rewrites.items():
+        for component, part in parts.items():
+            for one in part["passes"]:
                 name = str(one["spec"]).partition("{")[0]
                 ops = f"{one['ops_before']} -> {one['ops_after']}" if one["modified"] else "unchanged"
                 rows.append((backend, component, name, ops, f"{one['seconds']:.2f}"))
@@ -65,7 +69,8 @@ def timing_table(passes: Mapping[str, Mapping[str, Records]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _component(name: str, records: Records) -> ComponentRewrites:
+def _component(name: str, part: Mapping[str, Any]) -> ComponentRewrites:
+    records: Records = part["passes"]
     changes = tuple(Change(_short(one["spec"]), _difference(one)) for one in records if one["modified"])
     misses: dict[tuple[str, str, str], list[str]] = {}
     for one in records:
@@ -73,7 +78,15 @@ def _component(name: str, records: Records) -> ComponentRewrites:
             key = (str(one["spec"]).partition("{")[0], miss["op"], miss["reason"])
             misses.setdefault(key, []).append(miss["module"] or miss["node"])
     declined = tuple(NearMiss(*key, where=places[0], count=len(places)) for key, places in misses.items())
-    return ComponentRewrites(name, records[0]["ops_before"], records[-1]["ops_after"], changes, declined)
+    return ComponentRewrites(
+        name,
+        records[0]["ops_before"],
+        records[-1]["ops_after"],
+        changes,
+        declined,
+        part["hazards"],
+        part["forecast"]["pieces"],
+    )
 
 
 def _short(spec: str) -> str:

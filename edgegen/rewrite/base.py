@@ -134,7 +134,7 @@ class RulePass(Pass):
                 editor.replace(node, new)
                 modified = again = True
             if again:
-                editor.graph.eliminate_dead_code()
+                editor.sweep()
         if not modified:
             return Rewritten(program, False, tuple(declined.values()))
         return Rewritten(editor.finish(), True, tuple(declined.values()))
@@ -189,6 +189,9 @@ def _inputs(program: ExportedProgram) -> list[tuple[str, tuple[int, ...], str]]:
     ]
 
 
-def _outputs(program: ExportedProgram) -> list[tuple[tuple[int, ...], str]]:
-    (values,) = program.graph.output_node().args
-    return [(tuple(v.meta["val"].shape), str(v.meta["val"].dtype)) for v in values]
+def _outputs(program: ExportedProgram) -> list[Any]:
+    values: Any = program.graph.output_node().args[0]
+    return [
+        (tuple(v.meta["val"].shape), str(v.meta["val"].dtype)) if isinstance(v, Node) else repr(v)  # None, a number
+        for v in values
+    ]

@@ -7,7 +7,6 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from edgegen.errors import UsageError
-from edgegen.lower.backend import Precision, get_backend
 from edgegen.rewrite.base import Pass
 from edgegen.rewrite.pipeline import Pipeline
 from edgegen.rewrite.presets import canonical
@@ -51,14 +50,10 @@ def canonical_preset(component: str, timesteps: Sequence[float]) -> tuple[Pass, 
     return canonical.passes(timesteps if component == "denoiser" else ())
 
 
-def shape_preset(backend: str, precision: Precision) -> tuple[Pass, ...]:
-    """What the runtime behind `backend` wants, and the fp16 form where it converts no fp32 graph itself."""
+def shape_preset(backend: str) -> tuple[Pass, ...]:
+    """What the runtime behind `backend` wants; nothing for a backend without a preset."""
     module = f"edgegen.rewrite.presets.{backend}"
     passes: tuple[Pass, ...] = import_module(module).passes() if find_spec(module) else ()
-    if precision == "fp16" and get_backend(backend).half_graph:
-        from edgegen.rewrite.to_half import ToHalf
-
-        return (*passes, ToHalf())
     return passes
 
 

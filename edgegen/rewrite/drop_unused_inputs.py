@@ -27,7 +27,7 @@ class DropUnusedInputs(Pass):
 
     def call(self, program: ExportedProgram) -> Rewritten:
         editor = Editor(program, self.name)
-        editor.graph.eliminate_dead_code()
+        editor.sweep()
         names = {node.name for node in user_inputs(program)}
         unread = [node for node in editor.graph.nodes if node.name in names and not node.users]
         if not unread:

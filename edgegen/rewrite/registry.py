@@ -76,7 +76,8 @@ def build(kind: type[Pass], options: dict[str, Any]) -> Pass:
             known = ", ".join(f"`{one}`" for one in fields) or "none"
             raise UsageError(f"pass `{kind.name}` has no option `{name}`", hint=f"its options: {known}")
         try:
-            values[name] = TypeAdapter(hints[name]).validate_python(value, strict=False)
+            # As JSON: lists are tuples there, and nothing else is converted ("4" is no number, 1 is not true).
+            values[name] = TypeAdapter(hints[name]).validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
             said = error.errors()[0]["msg"]
             raise UsageError(f"option `{name}` of pass `{kind.name}`: {said}") from error
@@ -98,11 +99,19 @@ def _options(name: str, text: str) -> tuple[dict[str, Any], str]:
             raise UsageError(
                 f"options of pass `{name}` cannot be read at `{text[:30]}`", hint="write `{option=value, ...}`"
             )
+        if head[1] in options:
+            raise UsageError(f"option `{head[1]}` of pass `{name}` is there twice")
         try:
             options[head[1]], end = decoder.raw_decode(text, head.end())
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # too many digits, or brackets, are no JSONDecodeError
+            said = getattr(error, "msg", str(error))
             raise UsageError(
-                f"option `{head[1]}` of pass `{name}` is not JSON: {error.msg}", hint='write text as "text"'
+                f"option `{head[1]}` of pass `{name}` is not JSON: {said}", hint='write text as "text"'
             ) from error
-        text = text[end:].lstrip().removeprefix(",").lstrip()
+        text = text[end:].lstrip()
+        if not text.startswith((",", "}")):
+            raise UsageError(
+                f"options of pass `{name}` cannot be read at `{text[:30]}`", hint="put a comma between options"
+            )
+        text = text.removeprefix(",").lstrip()
     return options, text[1:]

@@ -57,13 +57,68 @@ class DeniedBackend(Denial):
     backend: BackendName
 
 
+Condition = Literal[
+    "alpha is 1",
+    "batch of 2 or more",
+    "finite fill",
+    "first result only",
+    "keeps the axes",
+    "last axis",
+    "no ceil mode",
+    "no cropping",
+    "no mask of truths",
+    "no padding counted",
+    "not fp16",
+    "not on the timestep",
+    "one dtype",
+    "one or two spatial axes",
+    "power of 0.5 or 2",
+    "power of 2",
+    "rank 4",
+    "rank at most 4",
+    "rank at most 5",
+    "same dtype",
+    "scale is not all ones",
+    "spatial axes",
+    "static weights",
+    "step of 1",
+    "stride within the kernel",
+    "trailing axis",
+    "two or more tensors",
+    "zero fill",
+]
+"""What a delegate may ask of an op; `edgegen.rewrite.forecast` says of each whether a node meets it."""
+
+
+class TakenOp(_Model):
+    """An op that a delegate takes when all of `only` hold. `op`: ATen name with overload, as it stands after torch's
+    core decompositions, or one that the converter keeps from being decomposed; `*` stands for every op that no other
+    entry names, and what it asks is asked of all."""
+
+    op: Annotated[str, Field(pattern=r"^aten\.[a-z0-9_]+\.[A-Za-z0-9_]+$|^\*$", max_length=100)]
+    only: tuple[Condition, ...] = ()
+
+
+class Taken(_Model):
+    """All that a delegate takes. `dtypes` are those of the tensors that it reads and gives, all where it is empty;
+    what no entry of `ops` names is left outside. `casts_whole_numbers`: an integer written among floats becomes a
+    constant and a cast outside. `folds_constants`: the converter computes what depends on no input."""
+
+    reference: Text
+    folds_constants: bool = False
+    casts_whole_numbers: bool = False
+    dtypes: tuple[Literal["float32", "float16"], ...] = ()
+    ops: Annotated[tuple[TakenOp, ...], Field(min_length=1)]
+
+
 class Delegate(_Model):
-    """What takes (part of) a graph within a runtime."""
+    """What takes (part of) a graph within a runtime. `takes`: what is known of how it cuts a graph, for a forecast."""
 
     name: Name
     title: Text
     runtime: BackendName
     denied_ops: tuple[DeniedOp, ...] = ()
+    takes: Taken | None = None
 
 
 class Accelerator(_Model):

@@ -89,6 +89,12 @@ def read_target(path: Path) -> Target:
     return Target(device, chipset, delegates)
 
 
+def load_delegate(name: str) -> Delegate:
+    """A delegate that ships, by name; KeyError when there is none."""
+    paths = {path.stem: path for path in (data_folder() / "delegates").glob("*.toml")}
+    return _read(paths[name], Delegate, name)
+
+
 def _delegates(path: Path, index: int, runtime: Runtime) -> tuple[Delegate, ...]:
     found = []
     for position, name in enumerate(runtime.delegates):

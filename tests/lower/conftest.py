@@ -50,7 +50,7 @@ class Lowering:
         from edgegen.graph.capture import capture
 
         program = capture(self.parts[name])
-        if backend.half_graph and precision == "fp16":
+        if backend.half == "graph" and precision == "fp16":
             program = ToHalf()(program).program
         result = backend.lower(program, self.request(self.parts[name], precision, folder))
         return SimpleNamespace(path=folder / result.file, result=result, program=program)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from edgegen.errors import EdgegenError
+from edgegen.lower.expand import NotExpandable
 from edgegen.lower.tflite import BACKEND, _delegation
 
 COMPONENTS = ("text_encoder", "denoiser", "decoder")
@@ -66,6 +67,28 @@ def test_fp16_is_in_the_weights_and_said_to_be_only_there(tflite_artifacts):
         assert half.result.details["float16"].startswith("weights only")
         assert any("not of float16 arithmetic" in note for note in half.result.notes)
     assert tflite_artifacts["decoder", "fp16"].result.details["cast_to_float16"] == "19 CONV_2D"
+
+
+def test_every_component_is_decomposed_call_by_call(tflite_artifacts):
+    for artifact in tflite_artifacts.values():
+        assert not any("decomposed as a whole" in note for note in artifact.result.notes)
+
+
+def test_what_cannot_be_is_decomposed_as_a_whole_and_that_is_said(lowering, tflite_artifacts, tmp_path, monkeypatch):
+    def refuse(program, table):
+        raise NotExpandable("for a test")
+
+    monkeypatch.setattr("edgegen.lower.expand.expand", refuse)
+    slow = lowering.lower(BACKEND, tmp_path, "decoder", "fp32")
+    fast = tflite_artifacts["decoder", "fp32"]
+    assert slow.result.notes == ("decomposed as a whole, which takes longer: for a test",)
+    assert slow.result.delegation == fast.result.delegation
+
+
+def test_a_converter_without_the_function_that_is_exchanged_is_an_error(lowering, tmp_path, monkeypatch):
+    monkeypatch.delattr("litert_torch.fx_infra.safe_run_decompositions")
+    with pytest.raises(EdgegenError, match="safe_run_decompositions"):
+        lowering.lower(BACKEND, tmp_path, "decoder", "fp32")
 
 
 def test_same_program_same_bytes_and_program_untouched(lowering, tflite_artifacts, tmp_path):

@@ -28,6 +28,11 @@ def relative_error(expected, found):
     return ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item()
 
 
+@pytest.fixture(name="relative_error")
+def _relative_error():
+    return relative_error
+
+
 @pytest.fixture
 def check_pass():
     """check(pass, module or program, *inputs, modified=, before=, after=, renamed=) -> (program, declines).

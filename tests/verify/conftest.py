@@ -26,7 +26,7 @@ def lower_onnx(component, module, out_dir, precision="fp32"):
     backend = get_backend("onnx")
     out_dir.mkdir(parents=True, exist_ok=True)
     program = capture(dataclasses.replace(component, module=module))
-    if precision == "fp16" and backend.half_graph:
+    if precision == "fp16" and backend.half == "graph":
         program = ToHalf()(program).program
     request = LowerRequest(component.name, component.inputs, component.outputs, precision, out_dir)
     return out_dir / backend.lower(program, request).file

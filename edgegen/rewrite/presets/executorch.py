@@ -7,6 +7,7 @@ from edgegen.rewrite.explicit_attention import ExplicitAttention
 from edgegen.rewrite.explicit_group_norm import ExplicitGroupNorm
 from edgegen.rewrite.explicit_layer_norm import ExplicitLayerNorm
 from edgegen.rewrite.fold_bias_add import FoldBiasAdd
+from edgegen.rewrite.merge_repeated_cat import MergeRepeatedCat
 from edgegen.rewrite.split_chunked_linear import SplitChunkedLinear
 from edgegen.rewrite.upsample_to_conv_transpose import UpsampleToConvTranspose
 
@@ -14,6 +15,7 @@ from edgegen.rewrite.upsample_to_conv_transpose import UpsampleToConvTranspose
 def passes() -> tuple[Pass, ...]:
     """In order, after the canonical passes."""
     return (
+        MergeRepeatedCat(),
         SplitChunkedLinear(),
         ExplicitAttention(rank=3),
         UpsampleToConvTranspose(),

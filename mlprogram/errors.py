@@ -1,0 +1,7 @@
+"""What goes wrong with a package is one exception class, whatever was wrong with it."""
+
+from __future__ import annotations
+
+
+class ProgramError(Exception):
+    """A package that cannot be read, or a program that cannot be executed as its operations are defined."""
