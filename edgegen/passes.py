@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.export import ExportedProgram
 
+    from edgegen.build.trial import Trial
     from edgegen.rewrite.base import Pass
     from edgegen.rewrite.observe import Verify
     from edgegen.rewrite.pipeline import Pipeline
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class OptionFacts(_Model):
@@ -61,6 +62,8 @@ class PassRun(_Model):
     passes: tuple[PassRecord, ...]
     inputs: tuple[TensorSpec, ...]
     errors: dict[str, float] | None
+    lowered_db: float | None
+    """SQNR of the lowered result against the graph, when that was asked for; infinite for the same bits."""
     written: str | None
 
 
@@ -132,6 +135,8 @@ class PassRequest:
     verify: bool = False
     shrink: Path | None = None
     output: Path | None = None
+    lower: str | None = None
+    """`backend` or `backend:precision`: lower the result, execute it, and hold it against the graph."""
 
 
 def run_passes(request: PassRequest, progress: Callable[[str], None] | None = None) -> PassRun:
@@ -147,11 +152,13 @@ def run_passes(request: PassRequest, progress: Callable[[str], None] | None = No
 
     if request.output is not None and request.output.suffix != ".pt2":
         raise UsageError(f"`{request.output}` does not end in `.pt2`", hint=f"`-o {request.output.stem}.pt2`")
-    pipeline = Pipeline(parse(request.passes))
+    pipeline = Pipeline(() if request.passes == "none" else parse(request.passes))
+    trial = None if request.lower is None else _trial(request.lower)
     component = _component(request.model, request.component)
     program = capture(component)
     inputs = _inputs(request.inputs, component)
-    verify = Verify(inputs) if request.verify or request.shrink is not None else None
+    watched = request.verify or request.shrink is not None or trial is not None
+    verify = Verify(inputs) if watched else None
     observers: list[Observer] = [] if request.dump_ir is None else [Dump(request.dump_ir)]
     observers += [] if verify is None else [verify]
     try:
@@ -167,9 +174,34 @@ def run_passes(request: PassRequest, progress: Callable[[str], None] | None = No
         component=component.name,
         passes=records,
         inputs=signature(made),
+        lowered_db=None if trial is None else _held(trial, made, verify.inputs if verify is not None else inputs),
         errors=None if verify is None else verify.errors,
         written=None if request.output is None else str(request.output),
     )
+
+
+def _trial(text: str) -> Trial:
+    """`onnx` or `onnx:fp16`; UsageError for a backend or precision that there is not."""
+    from edgegen.build.trial import Trial
+    from edgegen.lower.backend import get_backend
+
+    backend, _, precision = text.partition(":")
+    known = get_backend(backend)
+    if precision not in ("", *known.precisions):
+        hint = " or ".join(f"`--lower {backend}:{one}`" for one in known.precisions)
+        raise UsageError(f"backend `{backend}` has no precision `{precision}`", hint=f"use {hint}")
+    return Trial(backend, "fp16" if precision == "fp16" else "fp32", {})
+
+
+def _held(trial: Trial, program: ExportedProgram, inputs: Mapping[str, Tensor]) -> float:
+    """SQNR of the lowered graph; GateError below what a build asks of a component."""
+    from edgegen.errors import GateError
+    from edgegen.verify.gates import decibels, default_gates, meets
+
+    found, required = trial.sqnr_db(program, inputs), default_gates().sqnr_db[trial.precision]
+    if not meets(found, required):
+        raise GateError(f"`{trial.backend}` {trial.precision} gives {decibels(found)}, required >= {required:g} dB")
+    return found
 
 
 def shrink(

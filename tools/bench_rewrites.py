@@ -2,9 +2,9 @@
 
     python tools/bench_rewrites.py --model S64 --backend executorch --markdown table.md --json table.json
 
-For every model and backend: how long the converter's own call takes, the plain export, then the canonical passes and the backend's preset, one more pass a row
-(`--whole` leaves out all rows but the first and the last). Each row is lowered by the backend itself, executed, and
-held against the network in torch fp32. Latency is measured in turns with the plain artifact, a call of the one and
+For every model and backend: how long the converter's own call takes; the plain export through the backend; then the
+canonical passes and the backend's preset, one more pass a row (`--whole`: all of them in one row). Each is executed
+and held against the network in torch fp32. Latency is measured in turns with the plain artifact, a call of the one and
 then one of the other, and given as the ratio of the medians, so a machine that is busy for a while slows down both.
 Lowering runs in this process, after a warm-up that pays for imports, with the cycle collector off as in a build.
 

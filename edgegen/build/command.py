@@ -33,6 +33,8 @@ class BuildRequest:
     max_pieces: int | None = None
     dump_ir: Path | None = None
     """Folder for every graph after every pass: `<target>/<backend>/<component>/`."""
+    shrink: Path | None = None
+    """Folder for the smallest graph of each component that a backend gets wrong: `<target>/<backend>/<component>/`."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Prepared:
     student: Student
     recipes: tuple[Recipe, ...]
     dump_ir: Path | None = None
+    shrink: Path | None = None
 
 
 def prepare(request: BuildRequest) -> Prepared:
@@ -59,7 +62,7 @@ def prepare(request: BuildRequest) -> Prepared:
     recipes = [
         resolve(student, target, options, _output(request, student, target.name, len(targets))) for target in targets
     ]
-    return Prepared(student, tuple(recipes), request.dump_ir)
+    return Prepared(student, tuple(recipes), request.dump_ir, request.shrink)
 
 
 def _output(request: BuildRequest, student: Student, target: str, targets: int) -> Path:
@@ -74,7 +77,9 @@ def run(prepared: Prepared, progress: Progress, *, smoke: bool = False) -> list[
     cache = Cache(None)
     if smoke:
         _smoke(prepared, cache, progress)
-    built = build_all(prepared.student, prepared.recipes, cache, progress, prepared.dump_ir)
+    built = build_all(
+        prepared.student, prepared.recipes, cache, progress, dump_ir=prepared.dump_ir, shrink=prepared.shrink
+    )
     raise_for_failures(built)
     return built
 

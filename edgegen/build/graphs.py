@@ -28,6 +28,8 @@ class Rewriting:
     signature: Signature
     hazards: tuple[Hazard, ...] = ()
     """What float16 would have broken, and what was done about it; () for float32."""
+    islands: tuple[str, ...] = ()
+    """Calls that stay in float32, where it is the converter who casts."""
 
 
 class Graphs:
@@ -83,5 +85,9 @@ class Graphs:
             passes = safe.passes if cast else safe.rewrites
             program, records = Pipeline(passes).run(start.program)
             return replace(
-                start, program=program, records=start.records + records, hazards=safe.hazards + safe.remaining
+                start,
+                program=program,
+                records=start.records + records,
+                hazards=safe.hazards + safe.remaining,
+                islands=() if cast else safe.to_half.islands,
             )

@@ -163,6 +163,7 @@ def _lower_one(job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path) -> Lo
             precision=job.precision,
             out_dir=out_dir,
             options=job.options,
+            islands=rewriting.islands,
         )
         lowered = lower_in_child(job.backend, rewriting.program, request, log)
         (entry / "lowered.json").write_text(lowered.model_dump_json())

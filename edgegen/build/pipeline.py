@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 
 import edgegen
@@ -93,6 +95,7 @@ class _Shared:
     cache: Cache
     progress: Progress
     dump_ir: Path | None = None
+    shrink: Path | None = None
     graphs: Graphs = field(default_factory=Graphs)
     references: dict[tuple[int | None, str], Reference] = field(default_factory=dict)
 
@@ -128,10 +131,16 @@ def step_counts(student: Student, steps: int | None) -> tuple[int, ...] | None:
 
 
 def build_all(
-    student: Student, recipes: Sequence[Recipe], cache: Cache, progress: Progress, dump_ir: Path | None = None
+    student: Student,
+    recipes: Sequence[Recipe],
+    cache: Cache,
+    progress: Progress,
+    *,
+    dump_ir: Path | None = None,
+    shrink: Path | None = None,
 ) -> list[Built]:
     """Build one bundle a recipe. A recipe that fails does not stop the others; see `raise_for_failures`."""
-    shared = _Shared(student, cache, progress, dump_ir)
+    shared = _Shared(student, cache, progress, dump_ir, shrink)
     return [build(shared, recipe) for recipe in recipes]
 
 
@@ -186,6 +195,8 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
         built = Built(
             recipe, recipe.output, manifest, tuple(v.parity for v in verified.values()), failures, _rewrites(lowered)
         )
+        if shared.shrink is not None and not built.passed:
+            _shrink(shared, built, jobs, truth, shared.shrink / recipe.target)
         progress.stage(f"{recipe.target}: bundle", 1)
         contents = _contents(built, student, verified, lowered, truth, work)
         if built.passed:
@@ -369,6 +380,29 @@ def _contents(
         reports={**logs, "parity.json": parity, "profile.json": profiles, "rewrites.json": built.rewrites},
         report_html=page,
     )
+
+
+def _shrink(shared: _Shared, built: Built, jobs: Sequence[LowerJob], truth: Reference, folder: Path) -> None:
+    """For each component that a backend cannot lower or gets wrong, the smallest graph that shows it."""
+    from edgegen.build.trial import Trial, shrink_parity
+
+    wrong = {(f.job.backend, f.job.component.name) for f in built.failures if not isinstance(f.error, GateError)}
+    bad = (Outcome.MISMATCH, Outcome.LOAD_FAIL, Outcome.RUN_FAIL)
+    wrong |= {(r.backend, part.component) for r in built.reports for part in r.components if part.outcome in bad}
+    for job in jobs:
+        if (job.backend, job.component.name) not in wrong:
+            continue
+        name = f"`{job.component.name}` with {job.backend}"
+        gate = built.recipe.gates.sqnr_db[job.precision]
+        shared.progress.stage(f"{built.recipe.target}: shrink {job.component.name} ({job.backend})", 0)
+        try:
+            program = shared.graphs.shaped(job.component, job.canonical, job.shape).program
+            given = {k: torch.from_numpy(np.array(v)) for k, v in truth.samples[job.component.name][0].inputs.items()}
+            trial = Trial(job.backend, job.precision, job.options)
+            script = shrink_parity(trial, program, given, gate, folder / job.backend / job.component.name)
+            shared.progress.note(f"{name}: the smallest graph that shows it: `sh {shlex.quote(str(script))}`")
+        except EdgegenError as error:
+            shared.progress.note(f"{name}: could not be made smaller: {error.message}")
 
 
 def _dump(graphs: Graphs, jobs: Sequence[LowerJob], folder: Path) -> None:

@@ -54,6 +54,11 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 @click.option(
     "--dump-ir", type=click.Path(path_type=Path, file_okay=False), help="Write each graph after every pass there."
 )
+@click.option(
+    "--shrink",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="When a backend gets a component wrong, write the smallest graph that shows it there. Takes long.",
+)
 @click.option("--time-passes", is_flag=True, help="Print how long each rewrite took.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and stop.")
 @click.option("--smoke", is_flag=True, help="First run all of it on a two-layer copy of the student.")
@@ -70,6 +75,7 @@ def command(
     max_pieces: int | None,
     passes: str | None,
     dump_ir: Path | None,
+    shrink: Path | None,
     time_passes: bool,
     dry_run: bool,
     smoke: bool,
@@ -92,6 +98,7 @@ def command(
         max_pieces=max_pieces,
         passes=passes,
         dump_ir=dump_ir,
+        shrink=shrink,
     )
     prepared = prepare(request)
     if dry_run:

@@ -52,6 +52,11 @@ def show_command(name: str, output: Output) -> None:
 @click.option("--time-passes", is_flag=True, help="Also print how long each pass took.")
 @click.option("--verify", is_flag=True, help="Hold numbers after each pass against those before; exit 3 beyond them.")
 @click.option(
+    "--lower",
+    metavar="BACKEND[:PRECISION]",
+    help="Lower and execute the result too, and hold it against the graph; exit 3 below the gate of a build.",
+)
+@click.option(
     "--shrink",
     type=click.Path(path_type=Path, file_okay=False),
     help="When a pass fails, write the smallest graph that still fails there, and a command that shows it.",
@@ -69,6 +74,7 @@ def run_command(
     dump_ir: Path | None,
     time_passes: bool,
     verify: bool,
+    lower: str | None,
     shrink: Path | None,
     out: Path | None,
 ) -> None:
@@ -84,6 +90,7 @@ def run_command(
         verify=verify,
         shrink=shrink,
         output=out,
+        lower=lower,
     )
     found = run_passes(request, output.say)
     output.report(found.model_dump(mode="json"), lambda: clean("\n".join(_ran(found, time_passes))))
@@ -141,6 +148,10 @@ def _ran(found: PassRun, time_passes: bool) -> list[str]:
     lines.append(
         f"{found.component} now takes " + ", ".join(f"{i.name} {i.dtype}{list(i.shape)}" for i in found.inputs)
     )
+    if found.lowered_db is not None:
+        from edgegen.verify.gates import decibels
+
+        lines.append(f"lowered and executed: {decibels(found.lowered_db)}")
     if found.written is not None:
         lines.append(f"written to {found.written}")
     return lines

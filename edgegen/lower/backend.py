@@ -71,6 +71,9 @@ class LowerRequest:
     out_dir: Path
     options: Mapping[str, str] = field(default_factory=dict)
     """Backend options from the target file, e.g. {"minimum_deployment_target": "iOS17"}."""
+    islands: tuple[str, ...] = ()
+    """Calls of the graph that stay in float32 at fp16, for a backend that converts to fp16 itself (`half` converter);
+    the others are given them as casts."""
 
 
 class Executable(Protocol):

@@ -90,13 +90,15 @@ class CoreMLBackend:
         target_name = request.options.get("minimum_deployment_target", DEFAULT_TARGET)
         target = _target(target_name)
         spared: set[str] = set()
+        handles: set[int] = set()
         precision: Any = ct.precision.FLOAT32
         if request.precision == "fp16":
-            precision = ct.transform.FP16ComputePrecision(op_selector=_half_unless_angle(spared))
+            precision = ct.transform.FP16ComputePrecision(op_selector=_half_unless(spared, handles))
         file = f"{request.component}{self.suffix}"
         path = request.out_dir / file
         try:
             decomposed = _named(program.run_decompositions({}), request.inputs, request.outputs)
+            handles |= _handles(decomposed, request.islands)
             model = ct.convert(
                 decomposed,
                 outputs=[ct.TensorType(name=spec.name, dtype=np.dtype(spec.dtype).type) for spec in request.outputs],
@@ -126,8 +128,8 @@ class CoreMLBackend:
         notes: tuple[str, ...] = ()
         if spared:
             notes = (
-                f"kept in float32: {', '.join(sorted(spared))}, which compute the timestep's angles "
-                "(in float16 an angle near 1000 rad is known to half a radian)",
+                f"kept in float32: {', '.join(sorted(spared))}, which float16 would break "
+                "(an angle near 1000 rad is known to half a radian there; other hazards are in the report)",
             )
         delegation = Delegation(
             delegate="neural engine, gpu or cpu, as Core ML decides",
@@ -170,8 +172,21 @@ def _check(path: Path, spec: Any, inputs: tuple[TensorSpec, ...], outputs: tuple
     check_signature(f"`{path.name}`", "outputs", found_outputs, outputs)
 
 
-def _half_unless_angle(spared: set[str]) -> Any:
-    """coremltools' `op_selector`: whether an operation becomes float16. Types that stay in float32 end in `spared`."""
+def _handles(program: ExportedProgram, islands: tuple[str, ...]) -> set[int]:
+    """Number the calls of a decomposed program, and give the numbers of those that calls named in `islands` became."""
+    found = set()
+    for number, node in enumerate(node for node in program.graph.nodes if node.op == "call_function"):
+        node.meta["debug_handle"] = number
+        sources = node.meta.get("from_node") or []
+        if node.name in islands or any(source.name in islands for source in sources):
+            found.add(number)
+    return found
+
+
+def _half_unless(spared: set[str], handles: set[int]) -> Any:
+    """coremltools' `op_selector`: whether an operation becomes float16. Those that lead to an angle do not, nor those
+    that came from a call with one of `handles`. Types that stay in float32 end in `spared`."""
+    from coremltools.converters.mil.mil.scope import ScopeSource
 
     def leads_to_angle(operation: Any, seen: set[int]) -> bool:
         if operation.op_type in _PERIODIC:
@@ -185,10 +200,12 @@ def _half_unless_angle(spared: set[str]) -> Any:
         # A constant follows whoever uses it.
         if operation.op_type == "const":
             return True
-        angle = leads_to_angle(operation, set())
-        if angle:
+        kept = leads_to_angle(operation, set()) or not handles.isdisjoint(
+            operation.scopes.get(ScopeSource.EXIR_DEBUG_HANDLE, ())
+        )
+        if kept:
             spared.add(operation.op_type)
-        return not angle
+        return not kept
 
     return half
 

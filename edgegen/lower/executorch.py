@@ -189,19 +189,22 @@ def _operator(target: Any) -> str:
 
 
 def _partitioner() -> Any:
-    """XNNPACK's, which asks about each op that it wants whole only when some of them may have to be decomposed.
+    """XNNPACK's, which wants no say in which ops are decomposed when it would keep all of them: the linears.
 
-    A partitioner that asks has its graph decomposed once more, with those ops hidden and then brought back.
+    A partitioner that has its say costs one more round of decomposing, with its ops hidden and then brought back.
     """
+    import torch
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
     class Partitioner(XnnpackPartitioner):  # type: ignore[misc]
         def ops_to_not_decompose(self, ep: ExportedProgram) -> tuple[list[Any], Any]:
             ops, takes = super().ops_to_not_decompose(ep)
             present = [node for node in ep.graph.nodes if node.target in ops]
-            if takes is None or not all(takes(node) for node in present):
+            linear = torch.ops.aten.linear.default
+            # Whether it takes others can only be asked after a round of decomposing.
+            if takes is None or not all(node.target is linear and takes(node) for node in present):
                 return ops, takes
-            return sorted({node.target for node in present}, key=str), None
+            return [linear], None
 
     return Partitioner()
 

@@ -35,6 +35,7 @@ class LowerInChild(BaseModel):
     precision: Precision
     out_dir: str
     options: dict[str, str]
+    islands: tuple[str, ...]
 
 
 def lower_in_child(
@@ -70,6 +71,7 @@ def lower_in_child(
             precision=request.precision,
             out_dir=str(request.out_dir.resolve()),
             options=dict(request.options),
+            islands=request.islands,
         )
         _save(program, job.program, name)
         lowered = run_child(
@@ -118,6 +120,7 @@ def work(job: LowerInChild) -> Lowered:
         precision=job.precision,
         out_dir=Path(job.out_dir),
         options=job.options,
+        islands=job.islands,
     )
     gc.disable()  # converters make and keep many small objects: collecting costs a sixth of the time and frees nothing
     try:

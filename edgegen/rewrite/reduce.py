@@ -110,10 +110,11 @@ def pass_fails(one: Pass, error: BaseException) -> Fails:
     return fails
 
 
-def save(reduced: Reduced, folder: Path, passes: str) -> Path:
+def save(reduced: Reduced, folder: Path, passes: str, *, lower: str | None = None) -> Path:
     """Write `program.pt2`, `inputs.safetensors`, `graph.txt` and `reproduce.sh`, and return the last.
 
-    `passes` is what the command runs, as `edgegen passes run --passes` reads it. EdgegenError when `folder` cannot be
+    `passes` is what the command runs, as `edgegen passes run --passes` reads it, and `lower` the backend and precision
+    that it lowers the result with and holds it against. EdgegenError when `folder` cannot be
     written; UsageError for a program that `edgegen` would not open again (an input of another dtype than float32 and
     int32).
     """
@@ -122,8 +123,9 @@ def save(reduced: Reduced, folder: Path, passes: str) -> Path:
     strange = [node.name for node in user_inputs(reduced.program) if node.meta["val"].dtype not in CARRIED.values()]
     if strange:
         raise UsageError(f"the reduced program takes `{strange[0]}`, which is neither float32 nor int32")
+    proof = ["--lower", lower] if lower else ["--verify"]
     command = shlex.join(
-        ["edgegen", "passes", "run", "program.pt2", "--inputs", "inputs.safetensors", "--passes", passes, "--verify"]
+        ["edgegen", "passes", "run", "program.pt2", "--inputs", "inputs.safetensors", "--passes", passes, *proof]
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -58,14 +58,24 @@ class SinkTransposes(Pass):
     def call(self, program: ExportedProgram) -> Rewritten:
         editor = Editor(program, self.name)
         modified = merge(editor, self.images)
-        moved = True
-        while moved:
-            moved, tried = False, set[_Region]()
-            while (found := _best_region(editor, tried)) is not None:
-                _move(editor, found)
-                editor.sweep()
-                merge(editor, self.images)
-                modified = moved = True
+        spent, tried = _spent(editor), set[_Region]()
+        while True:
+            found = _best_region(editor, tried)
+            if found is None:
+                if not tried:
+                    break
+                tried.clear()  # what was no gain may be one now: go round again until a whole round finds none
+                found = _best_region(editor, tried)
+                if found is None:
+                    break
+            _move(editor, found)
+            editor.sweep()
+            merge(editor, self.images)
+            modified = True
+            now = _spent(editor)
+            if now >= spent:
+                break  # the estimate was wrong; never go round in circles on it
+            spent = now
         return Rewritten(editor.finish(), True) if modified else Rewritten(program, False)
 
 
@@ -87,6 +97,13 @@ def _resized(layout: Rearrangement, value: Node) -> Rearrangement | None:
     """`layout` for the shape of a value of as many axes, or of fewer when it is broadcast."""
     shape = static_shape(value)
     return None if shape is None else layout.resized((1,) * (len(layout.target) - len(shape)) + shape)
+
+
+def _spent(editor: Editor) -> Cost:
+    """What all rearrangements of the graph cost as they are."""
+    calls = [node for node in editor.nodes(*REARRANGING) if _moves_elements(node)]
+    permutes = [node for node in calls if (one := rearrangement(node)) is not None and not one.is_reshape]
+    return sum(node.meta["val"].numel() for node in permutes), len(calls)
 
 
 def _best_region(editor: Editor, tried: set[_Region]) -> _Region | None:
@@ -205,7 +222,7 @@ def _reached(node: Node) -> Iterator[Node]:
 
 def _move(editor: Editor, region: _Region) -> None:
     """Make each call of `region` anew in its other layout, and rearrange what goes in and what comes out."""
-    made: dict[Node, Node] = {}
+    made: dict[Node, Node] = {}  # call, or value that calls of the region read -> the same in the other layout
     ordered = [node for node in editor.nodes() if node in region.calls]
     for node in ordered:
 
@@ -217,9 +234,11 @@ def _move(editor: Editor, region: _Region) -> None:
             layout = region.of(value)
             weight = editor.value(value)
             if weight is None:
-                return emit(editor, value, layout.inverse().steps())
-            turned = _apply(layout.inverse().steps(), weight.reshape(layout.target_shape))
-            return editor.constant(turned, editor.named(node, "rearranged"))
+                made[value] = emit(editor, value, layout.inverse().steps())
+            else:
+                turned = _apply(layout.inverse().steps(), weight.reshape(layout.target_shape))
+                made[value] = editor.constant(turned, editor.named(node, "rearranged"))
+            return made[value]
 
         with editor.at(node):
             if node.target is getitem:

@@ -45,9 +45,8 @@ class Lowering:
         return LowerRequest(part.name, **(fields | changes))
 
     def lower(self, backend, folder, name, precision):
-        from edgegen.rewrite.to_half import ToHalf
-
         from edgegen.graph.capture import capture
+        from edgegen.rewrite.to_half import ToHalf
 
         program = capture(self.parts[name])
         if backend.half == "graph" and precision == "fp16":

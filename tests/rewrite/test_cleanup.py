@@ -5,6 +5,7 @@ from torch import nn
 
 from edgegen.graph.edit import user_inputs
 from edgegen.rewrite.drop_unused_inputs import DropUnusedInputs
+from edgegen.rewrite.float_literals import FloatLiterals
 from edgegen.rewrite.fold_constants import FoldConstants
 from edgegen.rewrite.remove_identities import RemoveIdentities
 
@@ -91,6 +92,26 @@ class Random(nn.Module):
 def test_random_numbers_are_no_constants(check_pass):
     result = check_pass(FoldConstants(), Random(), torch.randn(3), modified=False)
     assert "random" in result.declined[0].reason
+
+
+class Whole(nn.Module):
+    def forward(self, x):
+        return torch.tanh(x / 3) * 3 + 1 - x
+
+
+class Integers(nn.Module):
+    def forward(self, x):
+        return x * 3, x.float() * 16777217
+
+
+def test_whole_numbers_beside_floats_are_floats(check_pass):
+    result = check_pass(FloatLiterals(), Whole(), torch.randn(2, 3))
+    literals = [arg for node in result.program.graph.nodes for arg in node.args if isinstance(arg, int | float)]
+    assert literals == [3.0, 3.0, 1.0] and all(isinstance(one, float) for one in literals)
+
+
+def test_integers_and_what_float_does_not_hold_stay(check_pass):
+    check_pass(FloatLiterals(), Integers(), torch.tensor([1, 2]), modified=False)
 
 
 class Unread(nn.Module):

@@ -386,7 +386,7 @@ def test_all_passes_in_a_legal_order(step, seed):
 
 
 def test_every_pass_has_something_to_do(step):
-    """On its own or behind `functionalise` and `fold-constants`, on networks of all layers: an idle pass is untested."""
+    """Alone or behind `functionalise` and `fold-constants`, on networks of all layers: an idle pass is untested."""
     images = [name for name in LAYERS if "attention" not in name and name not in ("to tokens", "low rank")]
     tokens = ["to tokens", *(name for name in LAYERS if name != "to tokens")]
     starts = []

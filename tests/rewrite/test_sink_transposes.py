@@ -109,6 +109,21 @@ def test_what_saves_nothing_or_reads_positions_stays(check_pass, forward):
     check_pass(SinkTransposes(), Wrap(forward), torch.randn(2, 6, 5), modified=False)
 
 
+def test_a_value_that_a_region_reads_twice_is_turned_once(check_pass):
+    """Priced as one permute, it has to be one: moved there and back again, this went on for ever."""
+
+    def forward(x, first, second):
+        a, b = x[:, :, :1], x[:, :, 1:2]
+        pairs = [torch.cat([a, b], 1), torch.cat([a, b, a], 1)]
+        pairs = [one.permute(0, 3, 2, 4, 1).reshape(1, 24, -1) for one in pairs]
+        tokens = [nn.functional.linear(one, w) for one, w in zip(pairs, (first, second), strict=True)]
+        images = [one.reshape(1, 4, 1, 6, 4).permute(0, 4, 2, 1, 3) for one in tokens]
+        return torch.cat([a.exp(), *images], 2)
+
+    module = Wrap(forward, torch.randn(4, 8), torch.randn(4, 12))
+    check_pass(SinkTransposes(images=True), module, torch.randn(1, 4, 3, 4, 6), before={"aten.permute": 4})
+
+
 def test_what_would_not_broadcast_in_the_other_layout_stays(check_pass):
     def forward(x, gate):
         y = x.reshape(2, 2, 3, 5) * gate + x.reshape(2, 2, 3, 5).mean(1, keepdim=True)

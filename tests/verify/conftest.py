@@ -18,10 +18,9 @@ def shapes_reference(shapes):
 
 
 def lower_onnx(component, module, out_dir, precision="fp32"):
-    from edgegen.rewrite.to_half import ToHalf
-
     from edgegen.graph.capture import capture
     from edgegen.lower.backend import LowerRequest, get_backend
+    from edgegen.rewrite.to_half import ToHalf
 
     backend = get_backend("onnx")
     out_dir.mkdir(parents=True, exist_ok=True)

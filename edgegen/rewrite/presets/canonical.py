@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from edgegen.rewrite.base import Pass
 from edgegen.rewrite.drop_unused_inputs import DropUnusedInputs
+from edgegen.rewrite.float_literals import FloatLiterals
 from edgegen.rewrite.fold_constants import FoldConstants
 from edgegen.rewrite.remove_identities import RemoveIdentities
 from edgegen.rewrite.specialise_timestep import SpecialiseTimestep
@@ -14,4 +15,4 @@ from edgegen.rewrite.specialise_timestep import SpecialiseTimestep
 def passes(timesteps: Sequence[float] = ()) -> tuple[Pass, ...]:
     """In order; `timesteps` are those at which a sampler calls this component, none for a component without time."""
     time = (SpecialiseTimestep(tuple(timesteps)),) if timesteps else ()
-    return (RemoveIdentities(), *time, FoldConstants(), DropUnusedInputs())
+    return (RemoveIdentities(), FloatLiterals(), *time, FoldConstants(), DropUnusedInputs())

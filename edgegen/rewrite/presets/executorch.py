@@ -6,7 +6,9 @@ from edgegen.rewrite.base import Pass
 from edgegen.rewrite.explicit_attention import ExplicitAttention
 from edgegen.rewrite.explicit_group_norm import ExplicitGroupNorm
 from edgegen.rewrite.explicit_layer_norm import ExplicitLayerNorm
+from edgegen.rewrite.explicit_rms_norm import ExplicitRmsNorm
 from edgegen.rewrite.fold_bias_add import FoldBiasAdd
+from edgegen.rewrite.fold_norm_affine import FoldNormAffine
 from edgegen.rewrite.merge_repeated_cat import MergeRepeatedCat
 from edgegen.rewrite.split_chunked_linear import SplitChunkedLinear
 from edgegen.rewrite.upsample_to_conv_transpose import UpsampleToConvTranspose
@@ -17,9 +19,11 @@ def passes() -> tuple[Pass, ...]:
     return (
         MergeRepeatedCat(),
         SplitChunkedLinear(),
+        FoldNormAffine(),
         ExplicitAttention(rank=3),
         UpsampleToConvTranspose(),
         FoldBiasAdd(),
         ExplicitGroupNorm(form="grouped-conv"),
         ExplicitLayerNorm(form="linear-mean"),
+        ExplicitRmsNorm(form="linear-mean"),
     )
