@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -85,7 +85,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._graph = graph
         self._nodes: dict[int, Node] = {}
         self._held: list[Tensor] = []  # an id says nothing once its tensor is gone
-        self._aliases: Counter[int] = Counter()  # of the memory behind each tensor
+        self._sharing: defaultdict[int, list[int]] = defaultdict(list)  # memory -> ids of the tensors over it
         self._source: Node | None = None
         self._open: list[Any] = []
         self._muted = False
@@ -95,7 +95,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not isinstance(value, Tensor):
             return value
         if id(value) not in self._nodes:
-            raise NotExpandable(f"`{self._source}` reads a tensor that no call made")
+            raise NotExpandable(f"`{self._source}` reads a tensor that no call made, or that was mutated under a view")
         return self._nodes[id(value)]
 
     def hold(self, node: Node, value: Any) -> Any:
@@ -105,7 +105,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             node.meta["tensor_meta"] = _extract_tensor_metadata(value)
             self._nodes[id(value)] = node
             self._held.append(value)
-            self._aliases[_memory(value)] += 1
+            self._sharing[_memory(value)].append(id(value))
         elif isinstance(value, tuple | list):
             node.meta["tensor_meta"] = pytree.tree_map_only(Tensor, _extract_tensor_metadata, value)
             for place, one in enumerate(value):
@@ -162,19 +162,26 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.record(func, args, kwargs) if value is NotImplemented else value
 
     def _functional(self, op: Any, args: Any, kwargs: Any) -> Any:
-        """`x.add_(y)` where x is a value of this graph that nothing else shares: from now on, x is `add(x, y)`."""
+        """`x.add_(y)`, where x is a value of this graph: from now on x is `add(x, y)`, and what shares its memory, lost.
+
+        Whoever reads that later is refused.
+        """
         name = op._schema.name.split("::")[1]
         plain: Any = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), op._overloadname, None)
         if op.namespace != "aten" or not name.endswith("_") or plain is None or plain._schema.is_mutable:
             raise NotExpandable(f"{op} in `{self._source}` mutates its argument")
         changed = args[0]
-        if self.node(changed).op == "placeholder" or self._aliases[_memory(changed)] > 1:
-            raise NotExpandable(f"{op} in `{self._source}` mutates what something else reads")
+        self.node(changed)
+        sharing = [one for one in self._sharing[_memory(changed)] if one in self._nodes]
+        if any(self._nodes[one].op == "placeholder" for one in sharing):
+            raise NotExpandable(f"{op} in `{self._source}` mutates an input")
         value = self._compute(plain, args, kwargs)
         if value.shape != changed.shape or value.dtype != changed.dtype:
             raise NotExpandable(f"{op} in `{self._source}` casts its result")
         call = self._write(plain, args, kwargs)
         self.hold(call, value)
+        for one in sharing:
+            del self._nodes[one]
         self._nodes[id(changed)] = call
         return changed
 

@@ -58,20 +58,18 @@ class SinkTransposes(Pass):
     def call(self, program: ExportedProgram) -> Rewritten:
         editor = Editor(program, self.name)
         modified = merge(editor, self.images)
-        spent, tried = _spent(editor), set[_Region]()
+        spent, tried, moved = _spent(editor), set[_Region](), False
         while True:
             found = _best_region(editor, tried)
+            if found is None and moved:  # what was no gain may be one now
+                tried, moved = set(), False
+                continue
             if found is None:
-                if not tried:
-                    break
-                tried.clear()  # what was no gain may be one now: go round again until a whole round finds none
-                found = _best_region(editor, tried)
-                if found is None:
-                    break
+                break
             _move(editor, found)
             editor.sweep()
             merge(editor, self.images)
-            modified = True
+            modified = moved = True
             now = _spent(editor)
             if now >= spent:
                 break  # the estimate was wrong; never go round in circles on it

@@ -21,7 +21,7 @@ def build(*arguments):
 def test_the_manifest_says_which_passes_made_an_artifact_and_what_the_denoiser_takes(bundle):
     manifest = open_bundle(bundle).manifest
     denoiser = next(one for one in manifest.artifacts if one.component == "denoiser")
-    assert denoiser.passes[0] == "remove-identities"
+    assert denoiser.passes[0] == "functionalise"
     assert "specialise-timestep{values=[1000.0, 750.0, 500.0, 250.0]}" in denoiser.passes
     assert [spec.name for spec in manifest.components["denoiser"].inputs] == ["latent", "step", "context"]
     assert manifest.sampler.timesteps == (1000.0, 750.0, 500.0, 250.0)

@@ -125,6 +125,19 @@ def test_a_view_of_what_came_to_lie_otherwise_in_memory_is_copied_first():
     torch.testing.assert_close(found, x.reshape(2, 12))
 
 
+def test_a_mutation_of_what_only_a_dead_view_shares_is_no_mutation():
+    """As a converter's convolution over one pixel: permuted, it lies in memory as it was, so the sum is over a view."""
+
+    def biased(x):
+        y = (x * 2).permute(0, 2, 3, 1).contiguous()
+        y += 1
+        return y
+
+    x = torch.randn(1, 4, 1, 1)
+    (found,) = values(expand(replaced(export(ReLU(), x), aten.relu.default, biased), {}), x)
+    torch.testing.assert_close(found, -(2 * x.permute(0, 2, 3, 1) + 1))
+
+
 def into_input(x):
     return x.add_(1)
 
@@ -136,11 +149,17 @@ def under_a_view(x):
     return z
 
 
+def into_a_view_of_the_input(x):
+    y = x.view(-1)
+    y += 1
+    return y
+
+
 def from_numbers(x):
     return x + torch.tensor([1.0, 2.0])
 
 
-@pytest.mark.parametrize("function", [into_input, under_a_view, from_numbers])
+@pytest.mark.parametrize("function", [into_input, into_a_view_of_the_input, under_a_view, from_numbers])
 def test_refuses_what_only_the_whole_program_shows(function):
     x = torch.randn(3, 2)
     program = replaced(export(ReLU(), x), aten.relu.default, function)
