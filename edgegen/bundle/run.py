@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgegen.bundle.manifest import ComponentIO
 from edgegen.bundle.noise import SEED_LIMIT, normal
 from edgegen.bundle.open import Bundle
 from edgegen.errors import EdgegenError, GateError, UsageError

@@ -162,9 +162,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.record(func, args, kwargs) if value is NotImplemented else value
 
     def _functional(self, op: Any, args: Any, kwargs: Any) -> Any:
-        """`x.add_(y)`, where x is a value of this graph: from now on x is `add(x, y)`, and what shares its memory, lost.
+        """`x.add_(y)`, where x is a value of this graph: from now on x is `add(x, y)`.
 
-        Whoever reads that later is refused.
+        Other tensors over the same memory are lost: whoever reads one later is refused.
         """
         name = op._schema.name.split("::")[1]
         plain: Any = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), op._overloadname, None)
