@@ -151,13 +151,11 @@ def _cases(model: str, components: Sequence[str] | None) -> Iterator[Case]:
                 continue
             names = tuple(spec.name for spec in part.inputs)
             times = student.config.sampler.timesteps() if "timestep" in names else ()
-            inputs = {**dict(zip(names, part.example_inputs(), strict=True))}
+            given = dict(zip(names, part.example_inputs(), strict=True))
             if times:
-                inputs["timestep"] = torch.tensor([times[0]])
+                given["timestep"] = torch.tensor([times[0]])
             module = part.module.eval()
-            yield Case(
-                name=f"shapes {name}", module=module, names=names, inputs=tuple(inputs.values()), timesteps=times
-            )
+            yield Case(name=f"shapes {name}", module=module, names=names, inputs=tuple(given.values()), timesteps=times)
         return
     small = dict(sample_size=32, block_out_channels=(64, 128, 256), num_heads=8, cross_attention_dim=256)
     config = UNetConfig(**small) if model == "S64" else UNetConfig(sample_size=64)  # type: ignore[arg-type]
@@ -194,20 +192,20 @@ def _measure(case: Case, backend: Backend, precision: Precision, whole: bool, re
         if backend.name in _AS_THEY_COME:
             yield _as_it_comes(case, backend, program)
         plain: Callable[[], Array] | None = None
+        seconds = 0.0
         for place in range(len(passes) + 1):
-            seconds = 0.0
             if place:
                 program, (record,) = Pipeline(passes[place - 1 : place]).run(program)
                 if not whole and not record.modified:
                     continue
-                seconds = record.seconds
+                seconds = record.seconds + (seconds if whole else 0.0)
             if whole and 0 < place < len(passes):
                 continue
             name = "plain" if not place else f"+ {passes[place - 1]}"
             if whole and place:
                 name = "canonical + preset"
             row = Row(model=case.name, backend=backend.name, row=name, graph_ops=census(program).total())
-            row.passes_s = seconds
+            row.passes_s = round(seconds, 3)
             run = _lower(program, backend, precision, row, Path(folder) / str(place), given)
             row.sqnr_db = round(sqnr_db(expected, run()), 1)
             if row.note:
