@@ -158,6 +158,8 @@ class Editor:
     def constant(self, value: Tensor, name: str) -> Node:
         """A new weight; `name` is a dotted path like a parameter's, made unique when it is taken."""
         value = value.detach().contiguous()
+        if value.untyped_storage().nbytes() != value.nbytes:
+            value = value.clone()  # a part of a weight: saved as it is, it would bring the whole along
         name = name.strip(".")
         target, number = name, 1
         while target in self._state or target in self._constants:
