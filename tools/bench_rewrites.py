@@ -37,11 +37,13 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from edgegen.graph.capture import signature
 from edgegen.graph.edit import user_inputs
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Array, Backend, LowerRequest, Precision, get_backend
 from edgegen.profile.host import runtime_versions, this_host
-from edgegen.rewrite.base import Pass, census
+from edgegen.rewrite.base import census
+from edgegen.rewrite.choose import shape_preset
 from edgegen.rewrite.half_safety import make_half_safe
 from edgegen.rewrite.pipeline import Pipeline
 from edgegen.rewrite.presets import canonical
@@ -171,22 +173,13 @@ def _cases(model: str, components: Sequence[str] | None) -> Iterator[Case]:
     yield Case(name=model, module=module, names=("latent", "timestep", "context"), inputs=inputs, timesteps=(999.0,))
 
 
-def _preset(backend: str) -> tuple[Pass, ...]:
-    """The backend's own passes; none where it has no preset."""
-    name = f"edgegen.rewrite.presets.{backend}"
-    if importlib.util.find_spec(name) is None:
-        return ()
-    found: tuple[Pass, ...] = importlib.import_module(name).passes()
-    return found
-
-
 def _measure(case: Case, backend: Backend, precision: Precision, whole: bool, repeats: int) -> Iterator[Row]:
     with torch.no_grad():
         expected = case.module(*case.inputs).numpy()
         program = torch.export.export(case.module, case.inputs)
     given = {name: value.numpy() for name, value in zip(case.names, case.inputs, strict=True)}
     given["step"] = np.zeros(1, np.int32)
-    passes = (*canonical.passes(case.timesteps), *_preset(backend.name))
+    passes = (*canonical.passes(case.timesteps), *shape_preset(backend.name))
     with tempfile.TemporaryDirectory(prefix="bench-rewrites-") as folder:
         _warm_up(backend, Path(folder))
         if backend.name in _AS_THEY_COME:
@@ -289,10 +282,9 @@ def _lower(
 
 
 def _request(program: ExportedProgram, folder: Path) -> LowerRequest:
-    inputs = tuple(_spec(node.name, node.meta["val"]) for node in user_inputs(program))
     (values,) = program.graph.output_node().args
     outputs = tuple(_spec(f"output_{i}", value.meta["val"]) for i, value in enumerate(values))  # type: ignore
-    return LowerRequest("benchmark", inputs, outputs, "fp32", folder)
+    return LowerRequest("benchmark", signature(program), outputs, "fp32", folder)
 
 
 def _spec(name: str, value: Tensor) -> TensorSpec:

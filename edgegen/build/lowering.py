@@ -174,13 +174,13 @@ def _lower_one(job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path) -> Lo
 
     try:
         entry = cache.directory(key, build)
-        _require_pieces(job, Forecast.model_validate_json((entry / "forecast.json").read_text()))
+        foreseen = Forecast.model_validate_json((entry / "forecast.json").read_text())
+        _require_pieces(job, foreseen)
     except EdgegenError as error:
         return LowerFailure(job, error, log)
     lowered = Lowered.model_validate_json((entry / "lowered.json").read_text())
     records = RECORDS.validate_json((entry / "passes.json").read_bytes())
     hazards = HAZARDS.validate_json((entry / "hazards.json").read_bytes())
-    foreseen = Forecast.model_validate_json((entry / "forecast.json").read_text())
     return LoweredComponent(job, entry, lowered, records, hazards, foreseen)
 
 

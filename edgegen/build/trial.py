@@ -79,11 +79,17 @@ def shrink_parity(
 
 
 def _fails(trial: Trial, gate_db: float) -> Fails:
+    """The failure of the first program that is asked about, and no other: wrong numbers, or an error of one kind."""
+    first: list[str] = []
+
     def fails(program: ExportedProgram, inputs: Mapping[str, Tensor]) -> bool:
         try:
-            return not trial.sqnr_db(program, inputs) >= gate_db
-        except EdgegenError:
-            return True
+            how = "" if trial.sqnr_db(program, inputs) >= gate_db else "wrong numbers"
+        except EdgegenError as error:
+            how = type(error.__cause__ or error).__name__
+        if not first:
+            first.append(how)
+        return bool(how) and how == first[0]
 
     return fails
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,15 @@ class AttentionCall:
     causal: bool
     scale: float
     grouped: bool
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Batch axes and heads of the keys; with grouped queries each of them serves `share` heads of the queries."""
+        return tuple(self.key.meta["val"].shape[:-2])
+
+    @property
+    def share(self) -> int:
+        return int(math.prod(self.query.meta["val"].shape[:-2]) // max(math.prod(self.lead), 1))
 
 
 def read_attention(node: Node) -> AttentionCall:

@@ -13,11 +13,11 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from edgegen.errors import EdgegenError
+from edgegen.graph.attention import ATTENTION, MASKED, AttentionCall, additive_mask, hides_a_row, read_attention
 from edgegen.graph.edit import Editor
 from edgegen.rewrite.base import Decline, Pass, Rewritten, decline
 
 aten = torch.ops.aten
-ATTENTION = aten.scaled_dot_product_attention.default
 RESHAPES = (
     aten.view.default,
     aten.reshape.default,
@@ -28,31 +28,6 @@ RESHAPES = (
 )
 PERMUTES = (aten.transpose.int, aten.permute.default)
 SCALABLE = (aten.linear.default, aten.conv1d.default, aten.conv2d.default)
-MASKED = -6.0e4
-"""What a masked score has added: its exponential is 0 in fp32, and it is inside fp16's range, unlike -inf's kin."""
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of one attention. Leading axes of `query` are batch axes and, as the last of them, heads."""
-
-    query: Node
-    key: Node
-    value: Node
-    mask: Node | None
-    dropout: float
-    causal: bool
-    scale: float
-    grouped: bool
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """Batch axes and heads of the keys; with grouped queries each of them serves `share` heads of the queries."""
-        return tuple(self.key.meta["val"].shape[:-2])
-
-    @property
-    def share(self) -> int:
-        return int(math.prod(self.query.meta["val"].shape[:-2]) // max(math.prod(self.lead), 1))
 
 
 @dataclass(frozen=True)
@@ -103,7 +78,7 @@ class ExplicitAttention(Pass):
         modified = False
         masks = _Masks(editor)
         for node in editor.nodes(ATTENTION):
-            call = _read(node)
+            call = read_attention(node)
             reason = _refusal(call, editor)
             if reason is not None:
                 declined.append(decline(node, reason))
@@ -117,18 +92,7 @@ class ExplicitAttention(Pass):
         return Rewritten(editor.finish(), True, tuple(declined))
 
 
-def _read(node: Node) -> _Call:
-    order = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
-    given: dict[str, Any] = {**defaults, **node.kwargs, **dict(zip(order, node.args, strict=False))}
-    scale = given["scale"]
-    if scale is None:
-        scale = int(given["query"].meta["val"].shape[-1]) ** -0.5
-    query, key, value, mask, dropout, causal = (given[name] for name in order)
-    return _Call(query, key, value, mask, dropout, causal, float(scale), bool(given["enable_gqa"]))
-
-
-def _refusal(call: _Call, editor: Editor) -> str | None:
+def _refusal(call: AttentionCall, editor: Editor) -> str | None:
     query, key, value = (node.meta["val"].shape for node in (call.query, call.key, call.value))
     if call.dropout != 0.0:
         return "it drops out: export the module in eval mode"
@@ -142,12 +106,12 @@ def _refusal(call: _Call, editor: Editor) -> str | None:
     known = editor.value(call.mask)
     if call.share > 1 and (known is None or math.prod(mask.shape[:-2]) != 1):
         return "grouped queries with a mask that is computed or differs between heads"
-    if known is not None and bool((_additive(known, torch.float32) <= MASKED).all(-1).any()):
+    if known is not None and hides_a_row(known):
         return "its mask hides every key from some query"
     return None
 
 
-def _write_out(editor: Editor, node: Node, call: _Call, rank: int, masks: _Masks) -> None:
+def _write_out(editor: Editor, node: Node, call: AttentionCall, rank: int, masks: _Masks) -> None:
     query, key = _scaled(editor, call)
     lead = (math.prod(call.lead),) if rank == 3 else (math.prod(call.lead[:-1]), call.lead[-1])
     rows, depth = call.share * int(query.meta["val"].shape[-2]), int(query.meta["val"].shape[-1])
@@ -164,7 +128,7 @@ def _write_out(editor: Editor, node: Node, call: _Call, rank: int, masks: _Masks
     _give(editor, node, out)
 
 
-def _scaled(editor: Editor, call: _Call) -> tuple[Node, Node]:
+def _scaled(editor: Editor, call: AttentionCall) -> tuple[Node, Node]:
     """Query and key, one of them times the scale."""
     if call.scale == 1.0:
         return call.query, call.key
@@ -291,7 +255,7 @@ class _Masks:
     editor: Editor
     made: dict[Any, Node] = field(default_factory=dict)
 
-    def of(self, call: _Call) -> Node | None:
+    def of(self, call: AttentionCall) -> Node | None:
         """The mask to add to the scores of `call`, or None."""
         dtype = call.query.meta["val"].dtype
         rows, columns = int(call.query.meta["val"].shape[-2]), int(call.key.meta["val"].shape[-2])
@@ -312,7 +276,7 @@ class _Masks:
         """`mask` finite, of the right dtype, without leading axes of one; repeated for queries that share a key."""
         if key not in self.made:
             name, rows, columns, dtype, share = key
-            value = _additive(mask, dtype)
+            value = additive_mask(mask, dtype)
             while value.dim() > 2 and value.shape[0] == 1:
                 value = value[0]
             if share > 1:
@@ -321,10 +285,3 @@ class _Masks:
             keep = same and torch.equal(value, mask)
             self.made[key] = source if keep and source is not None else self.editor.constant(value, f"{name}_additive")
         return self.made[key]
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask (True: keep) or an additive one as a finite additive mask."""
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, MASKED)
-    return mask.to(dtype).clamp_min(MASKED)
