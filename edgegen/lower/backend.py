@@ -19,11 +19,12 @@ from pydantic import BaseModel, ConfigDict
 
 from edgegen.errors import UsageError
 from edgegen.graph.tensor_spec import TensorSpec
+from edgegen.precision.plan import OpPlan
+from edgegen.precision.plan import Precision as Precision
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-Precision = Literal["fp32", "fp16"]
 Array = NDArray[np.generic]
 
 
@@ -74,6 +75,11 @@ class LowerRequest:
     islands: tuple[str, ...] = ()
     """Calls of the graph that stay in float32 at fp16, for a backend that converts to fp16 itself (`half` converter);
     the others are given them as casts."""
+    quantized: Mapping[str, OpPlan] = field(default_factory=dict)
+    """Calls of the graph -> how each is compressed, its ranges as they are in this graph. For a backend whose
+    `quantizes` is "graph", quantize and dequantize ops already surround what has int8 arithmetic and affine weights of
+    one scale an output channel are already int8; what remains of the entries (groups, palettes) has weights that lie
+    exactly on their grid. Where it is "file" the graph is float, its weights on their grid too."""
 
 
 class Executable(Protocol):
@@ -93,6 +99,8 @@ class Backend(Protocol):
     precisions: tuple[Precision, ...]
     half: Literal["graph", "converter", "storage"]
     """fp16 is made of a float16 graph; by the converter, of a float32 one; or of float16 weights alone."""
+    quantizes: Literal["graph", "file"]
+    """int8 is made of a graph with quantize and dequantize ops, or on the file, from `LowerRequest.quantized`."""
     lower_modules: tuple[str, ...]
     run_modules: tuple[str, ...]
     distributions: tuple[str, ...]

@@ -124,6 +124,7 @@ class CoreAIBackend:
     suffix = ".aimodel"
     precisions: tuple[Precision, ...] = ("fp32", "fp16")
     half: Literal["graph", "converter", "storage"] = "graph"
+    quantizes: Literal["graph", "file"] = "graph"
     lower_modules = ("torch", "coreai_torch", "coreai")
     run_modules = ("coreai",)
     distributions = ("torch", "coreai-torch", "coreai-core")

@@ -7,7 +7,6 @@ a float16 step is half a radian, so sines and cosines of such an angle are noise
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,9 +14,10 @@ import numpy as np
 
 from edgegen.errors import EdgegenError, UsageError
 from edgegen.graph.tensor_spec import TensorSpec
-from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
+from edgegen.lower.backend import Delegation, Lowered, LowerRequest, Precision
+from edgegen.lower.coreml_execute import CoreMLExecutable
 from edgegen.lower.mlpackage import operations, read_program, read_spec, signature, write_package
-from edgegen.lower.signature import check_call, check_signature, reason
+from edgegen.lower.signature import check_signature, reason
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -48,29 +48,6 @@ _NOT_HERE = (
 )
 
 
-class CoreMLExecutable:
-    """A model loaded by Core ML (macOS): named arrays in, named arrays out."""
-
-    def __init__(self, model: Any, what: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
-        self._model = model
-        self._what = what
-        self._inputs = inputs
-        self._outputs = outputs
-
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        if self._model is None:
-            raise EdgegenError(f"{self._what} is closed")
-        check_call(self._what, inputs, self._inputs)
-        try:
-            values = self._model.predict(dict(inputs))
-        except Exception as error:
-            raise EdgegenError(f"{self._what} failed while it ran: {reason(error)}") from error
-        return {spec.name: np.asarray(values[spec.name], dtype=spec.dtype) for spec in self._outputs}
-
-    def close(self) -> None:
-        self._model = None
-
-
 class CoreMLBackend:
     """`.mlpackage`, an ML program for iOS 16 and later; option `minimum_deployment_target`."""
 
@@ -79,6 +56,7 @@ class CoreMLBackend:
     suffix = ".mlpackage"
     precisions: tuple[Precision, ...] = ("fp32", "fp16")
     half: Literal["graph", "converter", "storage"] = "converter"
+    quantizes: Literal["graph", "file"] = "graph"
     lower_modules = ("torch", "coremltools")
     run_modules = ("coremltools",)
     distributions = ("torch", "coremltools")

@@ -73,6 +73,7 @@ class ExecuTorchBackend:
     suffix = ".pte"
     precisions: tuple[Precision, ...] = ("fp32", "fp16")
     half: Literal["graph", "converter", "storage"] = "graph"
+    quantizes: Literal["graph", "file"] = "graph"
     lower_modules = ("torch", "executorch")
     run_modules = ("torch", "executorch")
     distributions = ("torch", "executorch")

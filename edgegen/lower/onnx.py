@@ -69,6 +69,7 @@ class OnnxBackend:
     suffix = ".onnx"
     precisions: tuple[Precision, ...] = ("fp32", "fp16")
     half: Literal["graph", "converter", "storage"] = "graph"
+    quantizes: Literal["graph", "file"] = "graph"
     lower_modules = ("torch", "onnx", "onnxscript", "onnxruntime")
     run_modules = ("onnxruntime",)
     distributions = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")

@@ -68,6 +68,7 @@ class TfliteBackend:
     suffix = ".tflite"
     precisions: tuple[Precision, ...] = ("fp32", "fp16")
     half: Literal["graph", "converter", "storage"] = "storage"
+    quantizes: Literal["graph", "file"] = "file"
     lower_modules = ("torch", "litert_torch", "litert_converter", "ai_edge_litert", "ai_edge_quantizer")
     run_modules = ("ai_edge_litert",)
     distributions = ("torch", "litert-torch", "litert-converter", "ai-edge-quantizer", "ai-edge-litert")

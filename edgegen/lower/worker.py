@@ -17,6 +17,7 @@ from edgegen.child import child_main, leave, run_child
 from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Lowered, LowerRequest, Precision
+from edgegen.precision.plan import OpPlan
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -36,6 +37,7 @@ class LowerInChild(BaseModel):
     out_dir: str
     options: dict[str, str]
     islands: tuple[str, ...]
+    quantized: dict[str, OpPlan]
 
 
 def lower_in_child(
@@ -72,6 +74,7 @@ def lower_in_child(
             out_dir=str(request.out_dir.resolve()),
             options=dict(request.options),
             islands=request.islands,
+            quantized=dict(request.quantized),
         )
         _save(program, job.program, name)
         lowered = run_child(
@@ -121,6 +124,7 @@ def work(job: LowerInChild) -> Lowered:
         out_dir=Path(job.out_dir),
         options=job.options,
         islands=job.islands,
+        quantized=job.quantized,
     )
     gc.disable()  # converters make and keep many small objects: collecting costs a sixth of the time and frees nothing
     try:

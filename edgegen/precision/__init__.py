@@ -1,0 +1,1 @@
+"""The precision plan: how it is made, and what makes a graph compute as it says."""
