@@ -9,9 +9,9 @@ then one of the other, and given as the ratio of the medians, so a machine that 
 Lowering runs in this process, after a warm-up that pays for imports, with the cycle collector off as in a build.
 
 Models: S64, a UNet of 12.9 M parameters at a 32x32 latent, and R, one of 315.7 M shaped as SDXS-512's, both with
-random weights, those of norms too (fresh ones are all ones, which converters drop); `shapes`, the three trained
-components of the demo student. Core ML packages are computed by `mlprogram`, which says what they give, not how fast.
-`--precision fp16` casts last, and makes the graph safe for it first, as a build does.
+random weights, those of norms too (fresh ones are all ones, which converters drop; `--fresh-norms` leaves them so);
+`shapes`, the three trained components of the demo student. Core ML packages are computed by `mlprogram`, which says
+what they give, not how fast. `--precision fp16` casts last, and makes the graph safe for it first, as a build does.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, nargs="+", default=["executorch"])
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
     parser.add_argument("--component", nargs="+", help="of `shapes`, all of them by default")
+    parser.add_argument("--fresh-norms", action="store_true", help="norms of S64 and R scale by one and shift by none")
     parser.add_argument("--whole", action="store_true", help="the plain and the full pipeline alone")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=40, help="calls of each artifact that count")
@@ -109,7 +110,7 @@ def main() -> None:
     print("\n".join(f"{name}: {value}" for name, value in settings.items()), file=sys.stderr, flush=True)
     rows: list[Row] = []
     for model in options.model:
-        for case in _cases(model, options.component):
+        for case in _cases(model, options.component, options.fresh_norms):
             for backend in map(get_backend, options.backend):
                 for row in _measure(case, backend, options.precision, options.whole, options.repeats):
                     rows.append(row)
@@ -145,7 +146,7 @@ def _settings(options: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def _cases(model: str, components: Sequence[str] | None) -> Iterator[Case]:
+def _cases(model: str, components: Sequence[str] | None, fresh_norms: bool) -> Iterator[Case]:
     if model == "shapes":
         student = load(family.WEIGHTS)
         for name, part in student.components.items():
@@ -164,7 +165,7 @@ def _cases(model: str, components: Sequence[str] | None) -> Iterator[Case]:
     torch.manual_seed(0)
     module = UNet(config).eval()
     for part in module.modules():
-        if isinstance(part, nn.GroupNorm | nn.LayerNorm):
+        if isinstance(part, nn.GroupNorm | nn.LayerNorm) and not fresh_norms:
             nn.init.normal_(part.weight, 1.0, 0.2)
             nn.init.normal_(part.bias, 0.0, 0.1)
     latent = torch.randn(1, config.in_channels, config.sample_size, config.sample_size)
