@@ -19,7 +19,7 @@ State = Literal["ok", "differs", "unsupported", "missing"]
 """`ok`: the tested version; `differs`: another one within our range; `unsupported`: outside it; `missing`."""
 
 ENABLES = {
-    "coreml": "`.mlpackage` for iPhone and iPad: made on any host, executed on macOS",
+    "coreml": "`.mlpackage` for iPhone and iPad: made on any host, executed on macOS (elsewhere by an evaluator)",
     "coreai": "`.aimodel` for iOS and iPadOS 27: made and checked on Linux x86-64 and macOS",
     "executorch": "`.pte` for phones and boards (XNNPACK): made and executed here",
     "tflite": "`.tflite` for Android, boards and browsers: made and executed here",

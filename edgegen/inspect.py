@@ -1,4 +1,5 @@
-"""What is in a model or a bundle, as data: parameters, MACs, ops, bytes, schedule, and what a target would refuse."""
+"""What is in a model, a bundle or a Core ML package, as data: parameters, MACs, ops, bytes, schedule, and what a target
+would refuse."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import BACKENDS, Delegation, get_backend
+from edgegen.lower.package_facts import PackageFacts, is_package, package_facts
 from edgegen.lower.requirements import missing_modules
 from edgegen.students.sampler import SamplerStep
 
@@ -43,9 +45,16 @@ class ArtifactFacts(_Model):
     backend: str
     component: str
     precision: str
+    path: str
+    function: str | None = None
+    """Which function of the package at `path`, whose `bytes` are those of all its functions."""
     bytes: int
     delegation: Delegation
     executed: bool
+    executed_by: str | None = None
+    """Who executed it when it was built, in place of its runtime."""
+    package: PackageFacts | None = None
+    """What is in it, and what is known of it on the Neural Engine: Core ML packages, where coremltools is installed."""
 
 
 class Refusal(_Model):
@@ -91,14 +100,17 @@ class Inspection(_Model):
         return all(part.parameters is not None for part in self.components.values())
 
 
-def inspect_path(path: Path, target_name: str | None = None) -> Inspection:
-    """Inspect the bundle or the model at `path`; raises what opening and loading raise, UsageError for the target."""
+def inspect_path(path: Path, target_name: str | None = None) -> Inspection | PackageFacts:
+    """Inspect the bundle, model or `.mlpackage` at `path`; raises what opening and loading raise, UsageError for
+    the target."""
     from edgegen.bundle.open import MANIFEST
 
     if not path.exists():
         from edgegen.errors import UsageError
 
-        raise UsageError(f"`{path}` does not exist", hint="name a checkpoint, a diffusers folder or a bundle")
+        raise UsageError(
+            f"`{path}` does not exist", hint="name a checkpoint, a diffusers folder, a bundle or a `.mlpackage`"
+        )
     target = None
     if target_name is not None:
         from edgegen.targets import load_target
@@ -106,6 +118,8 @@ def inspect_path(path: Path, target_name: str | None = None) -> Inspection:
         target = load_target(target_name)
     if (path / MANIFEST).is_file():
         return inspect_bundle(path, target)
+    if is_package(path):
+        return package_facts(path)
     from edgegen.students.load import load
 
     return inspect_student(load(path), target)
@@ -146,10 +160,13 @@ def inspect_student(student: Student, target: Target | None = None) -> Inspectio
 
 
 def inspect_bundle(path: Path, target: Target | None = None) -> Inspection:
-    """What the manifest says, its files checked. Imports no torch; there are no graphs here, so nothing is counted."""
+    """What the manifest says, its files checked; Core ML packages are read as well. Nothing is captured, so parameters
+    and MACs are not counted. Imports no torch unless there is a Core ML package."""
     from edgegen.bundle.open import open_bundle
 
-    manifest = open_bundle(path).manifest
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    readable = not missing_modules(get_backend("coreml"), "lower")
     sampler = manifest.sampler
     return Inspection(
         kind="bundle",
@@ -168,9 +185,13 @@ def inspect_bundle(path: Path, target: Target | None = None) -> Inspection:
                 backend=one.backend,
                 component=one.component,
                 precision=one.precision,
+                path=one.path,
+                function=one.function,
                 bytes=one.bytes,
                 delegation=one.delegation,
                 executed=one.executed,
+                executed_by=one.executed_by,
+                package=package_facts(bundle.path(one.path)) if readable and one.backend == "coreml" else None,
             )
             for one in manifest.artifacts
         ),

@@ -7,7 +7,8 @@ It needs numpy, torch and coremltools (for the protobuf definitions), and nothin
 """
 
 from mlprogram.errors import ProgramError
-from mlprogram.kernel import Accumulate
-from mlprogram.program import Feature, Operation, Program
+from mlprogram.kernel import Accumulate, Arithmetic
+from mlprogram.program import Program, State
+from mlprogram.reading import Feature, Operation
 
-__all__ = ["Accumulate", "Feature", "Operation", "Program", "ProgramError"]
+__all__ = ["Accumulate", "Arithmetic", "Feature", "Operation", "Program", "ProgramError", "State"]

@@ -23,6 +23,7 @@ _METADATA = struct.Struct("<IIQQQ")
 _RECORD = 64
 _SENTINEL = 0xDEADBEEF
 _VERSION = 2
+_AGAIN = "copy the package again, as a whole folder, or convert it again"
 
 
 class BlobFile:
@@ -38,7 +39,7 @@ class BlobFile:
             raise ProgramError(f"weight file `{name}` cannot be read: {error}") from error
         self.size = len(self._map)
         if self.size < _RECORD:
-            raise ProgramError(f"weight file `{name}` is cut off in its header")
+            raise ProgramError(f"weight file `{name}` is cut off in its header", _AGAIN)
         _, version = _HEADER.unpack_from(self._map, 0)
         if version != _VERSION:
             raise ProgramError(f"weight file `{name}` has storage version {version}, expected {_VERSION}")
@@ -47,10 +48,10 @@ class BlobFile:
         """Where the `count` elements begin whose metadata is at `offset`. ProgramError unless they are all there."""
         where = f"{what}: `{self.name}` at {offset}"
         if offset % 8 or offset < _RECORD or offset + _RECORD > self.size:
-            raise ProgramError(f"{where} is outside of the file ({self.size} bytes) or not aligned")
+            raise ProgramError(f"{where} is outside of the file ({self.size} bytes) or not aligned", _AGAIN)
         sentinel, code, size, start, padding = _METADATA.unpack_from(self._map, offset)
         if sentinel != _SENTINEL:
-            raise ProgramError(f"{where} is no weight (no sentinel)")
+            raise ProgramError(f"{where} is no weight (no sentinel)", _AGAIN)
         if code != element.blob_code:
             raise ProgramError(f"{where} has type code {code}, the program says {element.name}")
         if size != (count * element.bits + 7) // 8:
@@ -58,7 +59,7 @@ class BlobFile:
         if element.bits < 8 and padding != size * 8 - count * element.bits:
             raise ProgramError(f"{where} is padded by {padding} bits, expected {size * 8 - count * element.bits}")
         if start % element.numpy.itemsize or start < _RECORD or start + size > self.size:
-            raise ProgramError(f"{where} says bytes {start} to {start + size} of a file of {self.size}")
+            raise ProgramError(f"{where} says bytes {start} to {start + size} of a file of {self.size}", _AGAIN)
         return int(start)
 
     def read(self, start: int, element: ElementType, count: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from mlprogram.errors import ProgramError
 
 Accumulate = Literal["fp32", "fp16"]
+Arithmetic = Literal["declared", "fp32"]
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 _Function = TypeVar("_Function", bound=Function)
 

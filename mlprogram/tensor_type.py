@@ -13,7 +13,7 @@ import torch
 from mlprogram.errors import ProgramError
 
 # No value of a program this evaluator is for comes near; a declared size beyond it is a broken or hostile file.
-MAX_BYTES = 16 << 30
+MAX_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ class BuildRequest:
     require_full_delegation: bool = False
     passes: str | None = None
     max_pieces: int | None = None
+    plan: Path | None = None
+    one_package: bool | None = None
     dump_ir: Path | None = None
     """Folder for every graph after every pass: `<target>/<backend>/<component>/`."""
     shrink: Path | None = None
@@ -58,6 +60,8 @@ def prepare(request: BuildRequest) -> Prepared:
         request.require_full_delegation,
         request.passes,
         request.max_pieces,
+        request.plan,
+        request.one_package,
     )
     recipes = [
         resolve(student, target, options, _output(request, student, target.name, len(targets))) for target in targets

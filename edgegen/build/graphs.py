@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch.export import ExportedProgram
 
 from edgegen.graph.capture import capture, signature
+from edgegen.precision.plan import ComponentPlan, OpPlan
+from edgegen.precision.quantize import on_grid, quantized, settled
+from edgegen.precision.repair.tensors import Tensors, apply
+from edgegen.precision.sites import resolve
 from edgegen.rewrite.forecast import Forecast, forecast
 from edgegen.rewrite.half_hazards import Hazard
 from edgegen.rewrite.half_safety import make_half_safe
@@ -30,6 +35,10 @@ class Rewriting:
     """What float16 would have broken, and what was done about it; () for float32."""
     islands: tuple[str, ...] = ()
     """Calls that stay in float32, where it is the converter who casts."""
+    quantized: Mapping[str, OpPlan] = field(default_factory=dict)
+    """Calls of the graph -> how a plan has them compressed."""
+    half_db: float | None = None
+    """What float16 arithmetic, emulated on the samples, leaves of the signal; None where it was not asked for."""
 
 
 class Graphs:
@@ -79,15 +88,46 @@ class Graphs:
     ) -> Rewriting:
         """As `shaped`, and safe for float16 on `samples`; with `cast` in float16 but for its islands."""
         with self._lock:
-            start = self.shaped(component, canonical, shape)
-            given = [{name: torch.from_numpy(np.array(v)) for name, v in one.inputs.items()} for one in samples]
-            safe = make_half_safe(start.program, given)
-            passes = safe.passes if cast else safe.rewrites
-            program, records = Pipeline(passes).run(start.program)
-            return replace(
-                start,
-                program=program,
-                records=start.records + records,
-                hazards=safe.hazards + safe.remaining,
-                islands=() if cast else safe.to_half.islands,
-            )
+            return _half(self.shaped(component, canonical, shape), samples, cast=cast)
+
+    def planned(
+        self,
+        component: Component,
+        canonical: Pipeline,
+        shape: Pipeline,
+        plan: ComponentPlan,
+        repaired: Tensors,
+        samples: Sequence[Sample],
+        *,
+        half: Literal["cast", "safe"] | None,
+        quantizes: Literal["graph", "file"],
+    ) -> Rewriting:
+        """As `shaped`, compressed as `plan` says, from the canonical graph with the tensors that repairs changed.
+
+        `half`: in float16 between what is quantized, cast here or by the converter. `quantizes` is the backend's.
+        """
+        with self._lock:
+            start = self.canonical(component, canonical)
+            base = apply(start.program, repaired)
+            program, records = shape.run(settled(base, plan))
+            made = replace(start, program=program, records=start.records + records)
+            made = replace(made, signature=Signature(signature(program), component.outputs))
+            if half is not None:
+                made = _half(made, samples, cast=half == "cast")
+            ops = resolve(made.program, plan, base)
+            write = quantized if quantizes == "graph" else on_grid
+            return replace(made, program=write(made.program, ops), quantized=ops)
+
+
+def _half(start: Rewriting, samples: Sequence[Sample], *, cast: bool) -> Rewriting:
+    given = [{name: torch.from_numpy(np.array(v)) for name, v in one.inputs.items()} for one in samples]
+    safe = make_half_safe(start.program, given)
+    program, records = Pipeline(safe.passes if cast else safe.rewrites).run(start.program)
+    return replace(
+        start,
+        program=program,
+        records=start.records + records,
+        hazards=safe.hazards + safe.remaining,
+        islands=() if cast else safe.to_half.islands,
+        half_db=safe.after_db,
+    )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache as memoize
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,16 +17,20 @@ from joblib import Parallel, delayed
 from pydantic import TypeAdapter
 
 import edgegen
-from edgegen.build.graphs import Graphs
+from edgegen.build.graphs import Graphs, Rewriting
 from edgegen.cache import Cache
 from edgegen.errors import EdgegenError, GateError
 from edgegen.lower.backend import Backend, Lowered, LowerRequest, Precision, get_backend
+from edgegen.lower.mlpackage import function_path
 from edgegen.lower.worker import lower_in_child
+from edgegen.precision.plan import ComponentPlan
+from edgegen.precision.repair.tensors import Tensors, content
 from edgegen.rewrite.forecast import Forecast
 from edgegen.rewrite.half_hazards import Hazard
 from edgegen.rewrite.pipeline import PassRecord, Pipeline
 from edgegen.students.student import Component, Student
 from edgegen.verify.trajectory import Sample
+from edgegen.verify.worker import PREDICTED
 
 RECORDS = TypeAdapter(tuple[PassRecord, ...])
 HAZARDS = TypeAdapter(tuple[Hazard, ...])
@@ -47,11 +52,30 @@ class LowerJob:
     """A graph that its delegate would cut into more pieces is not lowered; None asks for nothing."""
     samples: tuple[Sample, ...] = ()
     """Calls on the student's own trajectory: what fp16 is made safe on."""
+    plan: ComponentPlan | None = None
+    """What is compressed, and how; None: nothing."""
+    repaired: Tensors = field(default_factory=dict)
+    """What the plan's repairs changed in the canonical graph."""
+
+    @property
+    def planned(self) -> bool:
+        """Whether a plan compresses any of it."""
+        return self.plan is not None and self.plan.compressed
 
     @property
     def half(self) -> bool:
         """Whether float16 arithmetic comes out of this: fp16 that is only stored needs no care."""
         return self.precision == "fp16" and get_backend(self.backend).half != "storage"
+
+
+@dataclass(frozen=True)
+class JoinedComponents:
+    """One package with a function for each component; `log` says how it was made."""
+
+    package: Path
+    functions: Mapping[str, str]
+    """Component -> what its function is called."""
+    log: Path
 
 
 @dataclass(frozen=True)
@@ -66,10 +90,33 @@ class LoweredComponent:
     """What fp16 would have broken, and what was done about it."""
     forecast: Forecast
     """What the delegate was expected to do with the graph, before it was lowered."""
+    joined: JoinedComponents | None = None
+    """The package of several functions that holds this component too."""
+
+    @property
+    def own_path(self) -> Path:
+        """What was lowered, for itself."""
+        return self.entry / "artifact" / self.lowered.file
 
     @property
     def path(self) -> Path:
-        return self.entry / "artifact" / self.lowered.file
+        """What goes into the bundle: a file or a package."""
+        return self.own_path if self.joined is None else self.joined.package
+
+    @property
+    def folder(self) -> Path:
+        """Where that lies: all of it belongs to the backend's folder of the bundle."""
+        return self.entry / "artifact" if self.joined is None else self.joined.package.parent
+
+    @property
+    def function(self) -> str | None:
+        """Which function of the package at `path`; None where that is this component and nothing else."""
+        return None if self.joined is None else self.joined.functions[self.job.component.name]
+
+    @property
+    def loadable(self) -> Path:
+        """What the backend is given to load what is in the bundle."""
+        return self.path if self.function is None else function_path(self.path, self.function)
 
     @property
     def log(self) -> Path:
@@ -102,7 +149,7 @@ def compiler_fingerprint() -> str:
     made."""
     root = Path(edgegen.__file__).parent
     digest = hashlib.sha256(edgegen.__version__.encode())
-    for folder in ("graph", "lower", "rewrite"):
+    for folder in ("graph", "lower", "precision", "rewrite"):
         for path in sorted((root / folder).rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
@@ -141,17 +188,15 @@ def _lower_one(job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path) -> Lo
         precision=job.precision,
         options=dict(sorted(job.options.items())),
         passes=f"{job.canonical}; {job.shape}",
+        plan=None if job.plan is None else job.plan.model_dump(mode="json"),
+        repaired=content(job.repaired),
         versions=tool_versions(backend),
         compiler=compiler_fingerprint(),
     )
     log = log_dir / f"{job.backend}-{job.component.name}.log"
 
     def build(entry: Path) -> None:
-        if job.half:
-            cast = backend.half == "graph"
-            rewriting = graphs.half(job.component, job.canonical, job.shape, job.samples, cast=cast)
-        else:
-            rewriting = graphs.shaped(job.component, job.canonical, job.shape)
+        rewriting = rewritten(job, graphs)
         foreseen = graphs.forecast(rewriting, job.backend)
         _require_pieces(job, foreseen)
         out_dir = entry / "artifact"
@@ -164,8 +209,12 @@ def _lower_one(job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path) -> Lo
             out_dir=out_dir,
             options=job.options,
             islands=rewriting.islands,
+            quantized=rewriting.quantized,
         )
         lowered = lower_in_child(job.backend, rewriting.program, request, log)
+        if rewriting.half_db is not None and math.isfinite(rewriting.half_db):
+            details = {**lowered.details, PREDICTED: f"{rewriting.half_db:.2f}"}
+            lowered = lowered.model_copy(update={"details": details})
         (entry / "lowered.json").write_text(lowered.model_dump_json())
         (entry / "passes.json").write_bytes(RECORDS.dump_json(rewriting.records))
         (entry / "hazards.json").write_bytes(HAZARDS.dump_json(rewriting.hazards))
@@ -182,6 +231,26 @@ def _lower_one(job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path) -> Lo
     records = RECORDS.validate_json((entry / "passes.json").read_bytes())
     hazards = HAZARDS.validate_json((entry / "hazards.json").read_bytes())
     return LoweredComponent(job, entry, lowered, records, hazards, foreseen)
+
+
+def rewritten(job: LowerJob, graphs: Graphs) -> Rewriting:
+    """The graph that the backend of `job` is given."""
+    backend = get_backend(job.backend)
+    cast = backend.half == "graph"
+    if job.plan is not None and job.planned:
+        return graphs.planned(
+            job.component,
+            job.canonical,
+            job.shape,
+            job.plan,
+            job.repaired,
+            job.samples,
+            half=("cast" if cast else "safe") if job.half else None,
+            quantizes=backend.quantizes,
+        )
+    if job.half:
+        return graphs.half(job.component, job.canonical, job.shape, job.samples, cast=cast)
+    return graphs.shaped(job.component, job.canonical, job.shape)
 
 
 def _require_pieces(job: LowerJob, foreseen: Forecast) -> None:

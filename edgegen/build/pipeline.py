@@ -17,7 +17,9 @@ from PIL import Image
 
 import edgegen
 from edgegen.build.graphs import Graphs
-from edgegen.build.lowering import LoweredComponent, LowerFailure, LowerJob, lower_all, tool_versions
+from edgegen.build.joining import join_components
+from edgegen.build.lowering import LoweredComponent, LowerFailure, LowerJob, lower_all, rewritten, tool_versions
+from edgegen.build.planned import Realised, realise, with_plan
 from edgegen.build.recipe import Recipe
 from edgegen.bundle.manifest import (
     Artifact,
@@ -36,7 +38,7 @@ from edgegen.rewrite.pipeline import Pipeline
 from edgegen.rewrite.registry import parse
 from edgegen.students.student import Student
 from edgegen.verify import gates
-from edgegen.verify.fixtures import store
+from edgegen.verify.fixtures import store, store_planned
 from edgegen.verify.outcome import ComponentParity, Outcome, ParityReport
 from edgegen.verify.reference import reference
 from edgegen.verify.trajectory import Picture, Reference, Signature
@@ -45,6 +47,7 @@ from edgegen.verify.worker import (
     Verified,
     VerifyJob,
     not_executable,
+    predicted_db,
     unexecuted,
     verify_in_child,
 )
@@ -168,16 +171,23 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
     with reserve(recipe.output) as writer, tempfile.TemporaryDirectory(prefix="edgegen-build-") as folder:
         work = Path(folder)
         truth = shared.reference(recipe)
+        realised = realise(recipe)
+        if realised is not None:
+            progress.stage(f"{recipe.target}: what the plan computes", 1)
+            truth = with_plan(truth, realised, student, recipe, shared.graphs)
+            progress.advance()
         jobs = [
             LowerJob(
                 student.components[name],
                 backend.name,
-                backend.precision,
-                backend.options,
+                recipe.precision(backend, name),
+                backend.lowering_options,
                 _pipeline(recipe.canonical[name]),
                 _pipeline(backend.passes),
                 recipe.max_pieces,
                 truth.one_picture()[name],
+                None if realised is None else realised.plan.components.get(name),
+                {} if realised is None else realised.repaired.get(name, {}),
             )
             for backend in recipe.backends
             for name in recipe.components
@@ -187,9 +197,14 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
         progress.stage(f"{recipe.target}: lower", len(jobs))
         logs = work / "logs"
         results = lower_all(jobs, student, shared.graphs, shared.cache, logs, lambda job: progress.advance())
+        for backend in recipe.backends:
+            if backend.functions:
+                progress.stage(f"{recipe.target}: join ({backend.name})", 1)
+                results = join_components(backend, results, shared.cache, logs)
+                progress.advance()
         lowered = [result for result in results if isinstance(result, LoweredComponent)]
         failures = tuple(result for result in results if isinstance(result, LowerFailure))
-        manifest = _manifest(student, recipe, lowered, truth, work)
+        manifest = _manifest(student, recipe, lowered, truth, work, realised)
         verified = _verify(shared, recipe, manifest, lowered, truth, work)
         manifest = manifest.model_copy(update={"artifacts": tuple(_executed(a, verified) for a in manifest.artifacts)})
         built = Built(
@@ -198,7 +213,7 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
         if shared.shrink is not None and not built.passed:
             _shrink(shared, built, jobs, truth, shared.shrink / recipe.target)
         progress.stage(f"{recipe.target}: bundle", 1)
-        contents = _contents(built, student, verified, lowered, truth, work)
+        contents = _contents(built, student, verified, lowered, truth, work, realised)
         if built.passed:
             writer.write(contents)
         else:
@@ -210,7 +225,12 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
 
 
 def _manifest(
-    student: Student, recipe: Recipe, lowered: Sequence[LoweredComponent], truth: Reference, work: Path
+    student: Student,
+    recipe: Recipe,
+    lowered: Sequence[LoweredComponent],
+    truth: Reference,
+    work: Path,
+    realised: Realised | None,
 ) -> Manifest:
     config = student.config
     versions = {"edgegen": edgegen.__version__, "python": platform.python_version(), "numpy": np.__version__}
@@ -226,6 +246,8 @@ def _manifest(
             tables={count: config.sampler.table(count) for count in sorted(config.sampler.times)},
             timesteps=config.sampler.timesteps(),
         )
+        if realised is not None:
+            table = realised.sampler(table)
     return Manifest(
         name=config.name,
         task=config.task,
@@ -235,7 +257,7 @@ def _manifest(
         options=recipe.options(),
         tool_versions=dict(sorted(versions.items())),
         components={name: ComponentIO(inputs=io.inputs, outputs=io.outputs) for name, io in truth.signatures.items()},
-        artifacts=tuple(_artifact(one) for one in lowered),
+        artifacts=tuple(_artifact(one, realised) for one in lowered),
         backends=tuple(backend.name for backend in recipe.backends),
         declined=recipe.declined,
         sampler=table,
@@ -245,18 +267,22 @@ def _manifest(
         example_prompts=config.example_prompts,
         fixtures=fixtures,
         component_fixtures=component_fixtures,
+        plan=None if realised is None else realised.record(truth),
+        planned=store_planned(truth, work),
         gates=recipe.gates,
         files={},
     )
 
 
-def _artifact(one: LoweredComponent) -> Artifact:
+def _artifact(one: LoweredComponent, realised: Realised | None) -> Artifact:
     files = [one.path] if one.path.is_file() else [path for path in one.path.rglob("*") if path.is_file()]
     return Artifact(
         backend=one.job.backend,
         component=one.job.component.name,
-        path=f"components/{one.job.backend}/{one.lowered.file}",
+        path=f"components/{one.job.backend}/{one.path.relative_to(one.folder).as_posix()}",
+        function=one.function,
         precision=one.job.precision,
+        compressed={} if realised is None else realised.compressed(one.job.component.name),
         bytes=sum(path.stat().st_size for path in files),
         delegation=one.lowered.delegation,
         details=one.lowered.details,
@@ -282,6 +308,8 @@ def _verify(
         component_fixtures=manifest.component_fixtures,
         sampler=manifest.sampler,
         latent=manifest.latent,
+        planned=manifest.planned,
+        bounds=dict(truth.bounds),
     )
     shared.progress.stage(f"{recipe.target}: verify", len(recipe.backends))
     verified = {}
@@ -290,8 +318,11 @@ def _verify(
         job = VerifyJob(
             backend=backend.name,
             precision=backend.precision,
-            artifacts={name: one.path for name, one in mine.items()},
+            artifacts={name: one.loadable for name, one in mine.items()},
             delegations={name: one.lowered.delegation for name, one in mine.items()},
+            predicted_db={
+                name: db for name, one in mine.items() if (db := predicted_db(one.lowered.details)) is not None
+            },
             reference=stored,
             gates=recipe.gates,
             pictures=work / "pictures" / backend.name,
@@ -313,6 +344,7 @@ def _with_blame(
 ) -> ParityReport:
     """Ask each component that disagrees where it does; torch is at hand here, in the child it is not."""
     from edgegen.verify.blame import blame
+    from edgegen.verify.rebuild import rebuilt
 
     def ask(part: ComponentParity) -> ComponentParity:
         if part.outcome is not Outcome.MISMATCH:
@@ -321,11 +353,14 @@ def _with_blame(
         said = blame(
             get_backend(report.backend),
             part.component,
-            one.path,
-            graphs.shaped(one.job.component, one.job.canonical, one.job.shape).program,
+            one.loadable,
+            rewritten(one.job, graphs).program
+            if one.job.planned
+            else rebuilt(graphs.captured(one.job.component), [record.spec for record in one.records]),
             [spec.name for spec in truth.signatures[part.component].inputs],
-            truth.samples[part.component],
+            truth.expected(part.component),
             report.gates.sqnr_db[report.precision],
+            worst_at=min(part.outputs, key=lambda found: found.sqnr_db).worst_at if part.outputs else None,
         )
         return part.model_copy(update={"blame": said})
 
@@ -336,7 +371,9 @@ def _executed(artifact: Artifact, verified: Mapping[str, Verified]) -> Artifact:
     parts = verified[artifact.backend].parity.components
     part = next(part for part in parts if part.component == artifact.component)
     ran = part.sqnr_db is not None
-    return artifact.model_copy(update={"executed": ran, "not_executed_because": None if ran else part.reason})
+    by = verified[artifact.backend].parity.executed_by if ran else None
+    why = None if ran else part.reason
+    return artifact.model_copy(update={"executed": ran, "executed_by": by, "not_executed_because": why})
 
 
 def _pictures(truth: Reference, backends: Sequence[str], work: Path) -> list[PictureRow]:
@@ -362,20 +399,24 @@ def _contents(
     lowered: Sequence[LoweredComponent],
     truth: Reference,
     work: Path,
+    realised: Realised | None,
 ) -> BundleContents:
     """Everything of the bundle, with the reports that say how it came about."""
     files: dict[str, Path | bytes | str] = {"fixtures": work / "fixtures"}
+    if realised is not None:
+        files |= realised.files(work)
     if student.tokenizer_json is not None:
         files["tokenizer/tokenizer.json"] = student.tokenizer_json
     logs = {f"logs/{path.name}": path for path in sorted((work / "logs").glob("*.log"))}
     logs |= {f"logs/{one.job.backend}-{one.job.component.name}.log": one.log for one in lowered}
+    logs |= {f"logs/{one.job.backend}-join.log": one.joined.log for one in lowered if one.joined is not None}
     profiles = {name: found.profile for name, found in verified.items() if found.profile is not None}
     parity = {name: found.parity for name, found in verified.items()}
     rows = _pictures(truth, list(verified), work)
     page = render(built.manifest, parity, profiles, rows, sorted(logs), built.rewrites)
     return BundleContents(
         manifest=built.manifest,
-        artifacts=[(one.job.backend, one.entry / "artifact") for one in lowered],
+        artifacts=list(dict.fromkeys((one.job.backend, one.folder) for one in lowered)),
         files=files,
         reports={**logs, "parity.json": parity, "profile.json": profiles, "rewrites.json": built.rewrites},
         report_html=page,

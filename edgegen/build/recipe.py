@@ -10,12 +10,18 @@ from pydantic import BaseModel, ConfigDict
 
 from edgegen.bundle.manifest import Gates
 from edgegen.errors import UsageError
-from edgegen.lower.backend import BACKENDS, Precision, get_backend
+from edgegen.lower.backend import BACKENDS, HeldTo, Precision, get_backend
+from edgegen.lower.coreml_functions import function_name
 from edgegen.lower.requirements import require
+from edgegen.precision.canonical import canonical_passes
+from edgegen.precision.plan import PrecisionPlan
+from edgegen.precision.planner import check_plan, read_plan
+from edgegen.precision.repair.tensors import tensors_of
 from edgegen.rewrite.choose import Edits, canonical_preset, shape_preset
 from edgegen.students.sample import sampler_table
 from edgegen.students.student import Student
 from edgegen.targets import Target
+from edgegen.targets.model import PACKAGE, PACKAGING, WITH_FUNCTIONS
 from edgegen.verify.gates import default_gates
 
 
@@ -33,6 +39,10 @@ class BuildOptions:
     passes: str | None = None
     """Changes to the preset passes, as `edgegen.rewrite.choose.Edits` reads them."""
     max_pieces: int | None = None
+    plan: Path | None = None
+    """File of a precision plan."""
+    one_package: bool | None = None
+    """Core ML: one package with a function for each component (True), or a package each (False)."""
 
 
 class BackendRecipe(BaseModel):
@@ -41,10 +51,18 @@ class BackendRecipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    precision: Precision
+    precision: HeldTo
+    """Of all components, or as the plan has it for each."""
     options: dict[str, str]
     passes: tuple[str, ...]
     """What its runtime wants, run on the canonical graph."""
+    functions: dict[str, str] = {}
+    """Component -> its function, where all components become one package; empty where each is one."""
+
+    @property
+    def lowering_options(self) -> dict[str, str]:
+        """Those that decide what is made of one component, whatever becomes of it then."""
+        return {key: value for key, value in self.options.items() if key != PACKAGE}
 
 
 class Recipe(BaseModel):
@@ -62,11 +80,22 @@ class Recipe(BaseModel):
     """Backend -> why this build does not use it."""
     canonical: dict[str, tuple[str, ...]]
     """Component -> the passes that every backend shares."""
+    plan: PrecisionPlan | None = None
+    repaired: Path | None = None
+    """The tensors that the plan's repairs changed."""
     steps: int | None
     max_pieces: int | None = None
     """A graph that would be cut into more is not lowered."""
     gates: Gates
     output: Path
+
+    def precision(self, backend: BackendRecipe, component: str) -> Precision:
+        """Of the float arithmetic of one component."""
+        if backend.precision != "plan":
+            return backend.precision
+        assert self.plan is not None
+        part = self.plan.components.get(component)
+        return "fp32" if part is None else part.float_precision
 
     def options(self) -> dict[str, str]:
         """What shaped the bundle, as flat text for the manifest."""
@@ -81,24 +110,34 @@ def resolve(student: Student, target: Target, options: BuildOptions, output: Pat
     Without a choice the target's preferred backend is built. Nothing is replaced silently: a backend or precision that
     the target denies is an error with the target's reason, and every backend left out is listed with why.
     """
-    names = _chosen_backends(target, options.backends)
+    plan = None if options.plan is None else _plan(options, student, target)
+    names = chosen_backends(target, options.backends if plan is None else options.backends or plan.backends)
     edits = Edits(options.passes)
     sampler = student.config.sampler
     timesteps = () if sampler is None else sampler.timesteps()
-    presets = {name: canonical_preset(name, timesteps) for name in student.components}
+    presets = {
+        name: canonical_preset(name, timesteps) if plan is None else canonical_passes(name, timesteps).passes
+        for name in student.components
+    }
     longest = max(presets.values(), key=len)
     recipes = []
     for name in names:
         spec = target.backend(name)
-        precision = options.precision or spec.default_precision
-        if precision not in spec.precisions or precision not in get_backend(name).precisions:
-            offered = ", ".join(f"`--precision {p}`" for p in spec.precisions if p in get_backend(name).precisions)
-            raise UsageError(
-                f"target `{target.name}` does not execute {precision} with `{name}`", hint=f"use {offered}"
-            )
+        precision: HeldTo = "plan"
+        if plan is None:
+            precision = _precision(target, name, options.precision)
         require(get_backend(name), "lower")
         shape = edits.shape(shape_preset(name), longest)
-        recipes.append(BackendRecipe(name=name, precision=precision, options=dict(spec.options), passes=shape.specs()))
+        chosen = _packaging(target, name, dict(spec.options), options.one_package)
+        functions = {part: function_name(part) for part in student.components} if chosen.get(PACKAGE) == "one" else {}
+        recipes.append(
+            BackendRecipe(name=name, precision=precision, options=chosen, passes=shape.specs(), functions=functions)
+        )
+    if options.one_package is not None and PACKAGING not in names:
+        raise UsageError(
+            f"this build makes nothing with `{PACKAGING}`, which is what packages are chosen for",
+            hint=f"add `--backend {PACKAGING}`" if PACKAGING in target.backends else "leave the option out",
+        )
     declined = {name: "not asked for; `--backend all` builds it too" for name in target.backends if name not in names}
     declined |= {name: reason for name, reason in target.denied_backends.items() if name not in declined}
     return Recipe(
@@ -110,14 +149,55 @@ def resolve(student: Student, target: Target, options: BuildOptions, output: Pat
         backends=tuple(recipes),
         declined=declined,
         canonical={name: edits.canonical(preset).specs() for name, preset in presets.items()},
+        plan=plan,
+        repaired=None if plan is None or options.plan is None else tensors_of(options.plan, plan),
         steps=_steps(student, options.steps),
         max_pieces=options.max_pieces,
-        gates=default_gates(require_full_delegation=options.require_full_delegation),
+        gates=default_gates(plan, require_full_delegation=options.require_full_delegation),
         output=output,
     )
 
 
-def _chosen_backends(target: Target, asked: Sequence[str] | None) -> tuple[str, ...]:
+def _precision(target: Target, backend: str, asked: Precision | None) -> Precision:
+    spec = target.backend(backend)
+    precision = asked or spec.default_precision
+    if precision not in spec.precisions or precision not in get_backend(backend).precisions:
+        offered = ", ".join(f"`--precision {p}`" for p in spec.precisions if p in get_backend(backend).precisions)
+        raise UsageError(f"target `{target.name}` does not execute {precision} with `{backend}`", hint=f"use {offered}")
+    return precision
+
+
+def _plan(options: BuildOptions, student: Student, target: Target) -> PrecisionPlan:
+    """The plan in a file; what it asks for is native in every backend of this build."""
+    assert options.plan is not None
+    if options.precision is not None:
+        raise UsageError(
+            f"`{options.plan}` says the precision of every op, `--precision {options.precision}` another",
+            hint="leave one of them out, or change `float_precision` in the plan",
+        )
+    plan = read_plan(options.plan, student, target)
+    if options.backends is not None:
+        names = chosen_backends(target, options.backends)
+        check_plan(plan.model_copy(update={"backends": names}), student, target, where=f"{options.plan}: ")
+    return plan
+
+
+def _packaging(target: Target, backend: str, options: dict[str, str], one_package: bool | None) -> dict[str, str]:
+    """The target's `options` with what was asked for; UsageError for a system that knows one function a package."""
+    if backend != PACKAGING or one_package is None:
+        return options
+    floor = options.get("minimum_deployment_target", "the default")
+    if one_package and floor not in WITH_FUNCTIONS:
+        raise UsageError(
+            f"target `{target.name}` cannot have one package of several functions: they came with iOS 18, "
+            f"and its packages are made for {floor} (it runs {target.device.os.name} {target.os_floor} and later)",
+            hint="build without `--one-package`, or for a target whose floor is iOS 18, as `iphone16pro`",
+        )
+    return {**options, PACKAGE: "one" if one_package else "components"}
+
+
+def chosen_backends(target: Target, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """What was asked for in the target's order, ("all",) for each; UsageError for what the target does not run."""
     if asked is None:
         return target.backends[:1]
     if tuple(asked) == ("all",):

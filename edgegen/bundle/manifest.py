@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Delegation, Precision
+from edgegen.lower.mlpackage import FUNCTION_NAME
 from edgegen.students.config import LatentConfig
 from edgegen.students.sampler import SamplerConfig, SamplerStep
 
@@ -25,22 +27,39 @@ class FileEntry(_Model):
     bytes: int
 
 
+FunctionName = Annotated[str, Field(pattern=FUNCTION_NAME)]
+
+
 class Artifact(_Model):
-    """One component lowered by one backend; `path` is relative to the bundle, a file or a package directory."""
+    """One component lowered by one backend; `path` is relative to the bundle, a file or a package directory.
+
+    Artifacts with a `function` may share a `path`: it is a package that holds one function a component.
+    """
 
     backend: str
     component: str
     path: str
+    function: FunctionName | None = None
     precision: Precision
     bytes: int
+    """Of all that is at `path`: see `stored_bytes`."""
     delegation: Delegation
     details: dict[str, str] = {}
     notes: tuple[str, ...] = ()
+    compressed: dict[str, int] = {}
+    """Precision -> how many ops a plan gives it; empty where there is none."""
     passes: tuple[str, ...] = ()
     """The rewrites that were run before lowering, in order, with their options."""
     executed: bool
     """Whether verification ran this very artifact on the building host."""
+    executed_by: str | None = None
+    """Who ran it there in place of the runtime that it is for; None for that runtime."""
     not_executed_because: str | None = None
+
+
+def stored_bytes(artifacts: Iterable[Artifact]) -> int:
+    """What `artifacts` take together: a package of several functions counts once."""
+    return sum({one.path: one.bytes for one in artifacts}.values())
 
 
 class ComponentIO(_Model):
@@ -106,6 +125,28 @@ class ComponentFixture(_Model):
     outputs: dict[str, str]
 
 
+class PlanBound(_Model):
+    """How well the fake-quant reference of one component is defined, in dB; artifacts are held to it.
+
+    One code that rounds the other way moves every code after it: a deep graph of int8 ops repeats itself only to
+    `stability_db` when its float weights move by a millionth, as another order of summation moves values. `float_db` is
+    the reference against the float student. Both are the worst over the reference's calls.
+    """
+
+    stability_db: float
+    float_db: float
+
+
+class PlanRecord(_Model):
+    """The precision plan that was realised: its file, and that of the tensors that its repairs changed."""
+
+    path: str
+    tensors: str | None = None
+    predicted: dict[str, float] = {}
+    bounds: dict[str, PlanBound] = {}
+    """Of the components that it compresses."""
+
+
 class Gates(_Model):
     """Thresholds per precision that the artifacts were held to."""
 
@@ -138,6 +179,10 @@ class Manifest(_Model):
     example_prompts: tuple[str, ...] = ()
     fixtures: tuple[Fixture, ...] = ()
     component_fixtures: tuple[ComponentFixture, ...] = ()
+    plan: PlanRecord | None = None
+    planned: dict[str, tuple[dict[str, str], ...]] = {}
+    """Components that the plan compresses: output -> path of the .npy that the fake-quant reference gives, for every
+    call that the fixtures hold, in their order."""
     gates: Gates
     files: dict[str, FileEntry]
     """Every file except manifest.json, reports/ and report.html; paths are POSIX, relative, sorted."""

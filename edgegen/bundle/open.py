@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from edgegen.bundle.manifest import SCHEMA_VERSION, Artifact, Manifest
 from edgegen.errors import EdgegenError, UnsafeError, UsageError
+from edgegen.lower.mlpackage import SUFFIX, function_path
 
 MANIFEST = "manifest.json"
 UNLISTED = ("reports/", "report.html")
@@ -39,6 +40,11 @@ class Bundle:
     def path(self, name: str) -> Path:
         """The file or folder that the manifest calls `name`."""
         return self.root / relative_path(name)
+
+    def loadable(self, artifact: Artifact) -> Path:
+        """What a backend is given to load `artifact`: its path, or that of its function in the package there."""
+        path = self.path(artifact.path)
+        return path if artifact.function is None else function_path(path, artifact.function)
 
     def artifacts(self, backend: str) -> dict[str, Artifact]:
         """What `backend` made, by component."""
@@ -190,14 +196,51 @@ def _check_paths(manifest: Manifest) -> None:
             raise EdgegenError(f"manifest points to `{name}` and does not list it", hint=_REBUILD)
     seen = set()
     for one in manifest.artifacts:
-        folder = f"{relative_path(one.path)}/"
-        if one.path not in manifest.files and not any(name.startswith(folder) for name in manifest.files):
+        relative_path(one.path)
+        if not _files_of(manifest, one):
             raise EdgegenError(f"manifest points to `{one.path}` and does not list it", hint=_REBUILD)
         if one.component not in manifest.components:
             raise EdgegenError(f"artifact `{one.path}` is of component `{one.component}`, which the manifest lacks")
         if (one.backend, one.component) in seen:
             raise EdgegenError(f"manifest has two artifacts of `{one.component}` for backend `{one.backend}`")
         seen.add((one.backend, one.component))
+    _check_shared(manifest)
+
+
+def _files_of(manifest: Manifest, artifact: Artifact) -> list[str]:
+    """The listed files that `artifact` is: one, or those of its folder."""
+    if artifact.path in manifest.files:
+        return [artifact.path]
+    return [name for name in manifest.files if name.startswith(f"{artifact.path}/")]
+
+
+def _check_shared(manifest: Manifest) -> None:
+    """Artifacts have a path each, or are functions of one package and agree on all else that is true of a package."""
+    by_path: dict[str, list[Artifact]] = {}
+    for one in manifest.artifacts:
+        by_path.setdefault(one.path, []).append(one)
+    for path, sharing in by_path.items():
+        outer = next((other for other in by_path if path.startswith(f"{other}/")), None)
+        if outer is not None:
+            raise EdgegenError(f"artifact `{path}` is inside artifact `{outer}`", hint=_REBUILD)
+        size = sum(manifest.files[name].bytes for name in _files_of(manifest, sharing[0]))
+        for one in sharing:
+            if one.bytes != size:
+                raise EdgegenError(
+                    f"artifact `{path}` of `{one.component}` is said to have {one.bytes} bytes, its files have {size}",
+                    hint=_REBUILD,
+                )
+        functions = [one.function for one in sharing]
+        if any(functions) and not path.endswith(SUFFIX):
+            raise EdgegenError(f"artifact `{path}` names a function, which only a `{SUFFIX}` has", hint=_REBUILD)
+        if len(sharing) > 1 and (None in functions or len(set(functions)) != len(functions)):
+            parts = ", ".join(f"`{one.component}`" for one in sharing)
+            raise EdgegenError(
+                f"{parts} are all said to be `{path}`, without a function of its own each", hint=_REBUILD
+            )
+        backends = sorted({one.backend for one in sharing})
+        if len(backends) > 1:
+            raise EdgegenError(f"artifact `{path}` is said to be of {' and of '.join(backends)}", hint=_REBUILD)
 
 
 def _check_numbers(manifest: Manifest) -> None:

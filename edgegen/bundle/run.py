@@ -24,6 +24,7 @@ from edgegen.bundle.open import Bundle
 from edgegen.errors import EdgegenError, GateError, UsageError
 from edgegen.lower.backend import BACKENDS, Array, Executable, get_backend
 from edgegen.lower.requirements import missing_modules
+from edgegen.lower.stand_in import executed_by
 from edgegen.students.sampler import SamplerStep, moment
 from edgegen.verify.trajectory import Picture, to_picture
 
@@ -52,6 +53,8 @@ class Generated:
     steps: int
     timings: dict[str, float]
     warnings: tuple[str, ...]
+    executed_by: str | None = None
+    """Who executed the artifacts in place of the runtime that they are for: the timings are no latency then."""
 
 
 def generate(bundle: Bundle, prompt: str, seed: int, steps: int | None = None, backend: str | None = None) -> Generated:
@@ -61,9 +64,10 @@ def generate(bundle: Bundle, prompt: str, seed: int, steps: int | None = None, b
 
 
 def choose_backend(bundle: Bundle, wanted: str | None = None) -> str:
-    """The first backend of the target's order that this host can execute, or `wanted` and no other.
+    """The first backend of the target's order whose runtime is here, or `wanted` and no other.
 
-    UsageError when there is none, with the reason for each.
+    Where no runtime is, the first that something else executes here (see `edgegen.lower.stand_in`). UsageError when
+    there is none, with the reason for each.
     """
     have = bundle.backends()
     if wanted is not None:
@@ -78,6 +82,7 @@ def choose_backend(bundle: Bundle, wanted: str | None = None) -> str:
             )
         have = (wanted,)
     reasons: list[str] = []
+    stand_in: str | None = None
     install: str | None = None
     for name in have:
         if name not in BACKENDS:
@@ -87,11 +92,16 @@ def choose_backend(bundle: Bundle, wanted: str | None = None) -> str:
         reason = candidate.not_executed_here()
         missing = missing_modules(candidate, "run")
         if reason is None and not missing:
-            return name
+            if executed_by(candidate) is None:
+                return name
+            stand_in = stand_in or name
+            continue
         if reason is None:
             reason = "not installed: " + ", ".join(f"`{module}`" for module in missing)
             install = install or f"pip install 'edgegen[{candidate.extra}]'"
         reasons.append(f"`{name}`: {reason}")
+    if stand_in is not None:
+        return stand_in
     said = "; ".join(reasons) or "no backend has all of its components"
     raise UsageError(
         f"bundle `{bundle.root}` cannot be executed here: {said}",
@@ -112,6 +122,7 @@ class Runtime:
         _check_draws(bundle)
         self.backend = choose_backend(bundle, backend)
         chosen = get_backend(self.backend)
+        self.executed_by = executed_by(chosen)
         self._components = bundle.manifest.components
         self._executables: dict[str, Executable] = {}
         with _timed(self.timings, "load.tokenizer"):
@@ -120,7 +131,7 @@ class Runtime:
         try:
             for name, io in self._components.items():
                 with _timed(self.timings, f"load.{name}"):
-                    path = bundle.path(artifacts[name].path)
+                    path = bundle.loadable(artifacts[name])
                     self._executables[name] = chosen.load(path, io.inputs, io.outputs)
         except BaseException:
             self.close()
@@ -224,6 +235,7 @@ class Runtime:
             steps=len(table),
             timings=timings,
             warnings=warnings,
+            executed_by=self.executed_by,
         )
 
     def _one(self, component: str, inputs: Mapping[str, Array], when: str = "") -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,12 +40,24 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
     "--backend", "backends", callback=_names, metavar="NAME[,NAME]|all", help="Default: what the target prefers."
 )
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), help="Default: the target's, per backend.")
+@click.option(
+    "--plan",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Compress as this file of `edgegen plan` says; builds its backends.",
+)
 @click.option("--steps", type=click.IntRange(min=1), help="Sampling steps that `run` takes by default.")
 @click.option("--require-full-delegation", is_flag=True, help="Exit 3 unless one delegate takes every op in one piece.")
 @click.option(
     "--max-pieces",
     type=click.IntRange(min=1),
     help="Exit 3, before lowering, if a delegate would cut a component into more pieces.",
+)
+@click.option(
+    "--one-package/--package-each",
+    default=None,
+    help="Core ML, iOS 18 and later: one package with functions `encode`, `denoise` and `decode`, or a package for "
+    "each component. Default: the target's.",
 )
 @click.option(
     "--passes",
@@ -70,9 +83,11 @@ def command(
     output: Output,
     backends: tuple[str, ...] | None,
     precision: Precision | None,
+    plan: Path | None,
     steps: int | None,
     require_full_delegation: bool,
     max_pieces: int | None,
+    one_package: bool | None,
     passes: str | None,
     dump_ir: Path | None,
     shrink: Path | None,
@@ -96,7 +111,9 @@ def command(
         steps=steps,
         require_full_delegation=require_full_delegation,
         max_pieces=max_pieces,
+        one_package=one_package,
         passes=passes,
+        plan=plan,
         dump_ir=dump_ir,
         shrink=shrink,
     )
@@ -119,11 +136,19 @@ def _recipe_text(recipe: Recipe) -> str:
         options = " ".join(f"{key}={value}" for key, value in backend.options.items())
         lines.append(f"  build    {backend.name} {backend.precision} {options}".rstrip())
         lines.append(f"           {', '.join(backend.passes) or 'no passes of its own'}")
+        if backend.functions:
+            named = ", ".join(f"`{function}` ({component})" for component, function in backend.functions.items())
+            lines.append(f"  join     {backend.name}: one package with {named}")
     lines += [f"  decline  {name}: {reason}" for name, reason in recipe.declined.items()]
     lines += [f"  passes   {name}: {', '.join(passes) or 'none'}" for name, passes in recipe.canonical.items()]
     if recipe.steps is not None:
         lines.append(f"  steps    {recipe.steps}")
     gates = recipe.gates
+    if recipe.plan is not None:
+        for name, part in recipe.plan.components.items():
+            counts = Counter(op.precision for op in part.ops.values())
+            said = ", ".join(f"{count} {precision}" for precision, count in sorted(counts.items()))
+            lines.append(f"  plan     {name}: {said or 'nothing compressed'}, the rest {part.float_precision}")
     used = sorted({backend.precision for backend in recipe.backends})
     lines += [
         f"  gates    {p}: SQNR >= {gates.sqnr_db[p]:g} dB, picture >= {gates.picture_psnr_db[p]:g} dB" for p in used

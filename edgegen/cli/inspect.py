@@ -12,22 +12,28 @@ from edgegen.cli.console import Output, clean, reporting
 if TYPE_CHECKING:
     from edgegen.graph.tensor_spec import TensorSpec
     from edgegen.inspect import BackendFacts, Inspection
+    from edgegen.lower.neural_engine import LintReport
+    from edgegen.lower.package_facts import ArrayFacts, PackageFacts
 
 SHOWN_OPS = 12
 
 
 @click.command("inspect")
-@click.argument("path", metavar="MODEL|BUNDLE", type=click.Path(path_type=Path))
+@click.argument("path", metavar="MODEL|BUNDLE|PACKAGE", type=click.Path(path_type=Path))
 @click.option("--target", metavar="NAME", help="Also say which ops this device's runtimes would leave out.")
 @reporting
 def command(path: Path, target: str | None, output: Output) -> None:
-    """Count parameters, MACs and ops of a model, or list what a bundle holds.
+    """Count parameters, MACs and ops of a model, or list what a bundle or a Core ML package (`.mlpackage`) holds.
 
-    Also shows the sampling schedule, and what each backend would refuse.
+    Also shows the sampling schedule, what each backend would refuse, and what is known to leave the Neural Engine.
     """
     from edgegen.inspect import inspect_path
+    from edgegen.lower.package_facts import PackageFacts
 
     found = inspect_path(path, target)
+    if isinstance(found, PackageFacts):
+        output.report(found.model_dump(mode="json"), lambda: clean("\n".join(_package(found))))
+        return
     output.report(found.model_dump(mode="json"), lambda: clean("\n".join(_text(found))))
     if not found.counted:
         output.say("a bundle holds no graphs, so nothing is counted; inspect the model for parameters, MACs and ops")
@@ -50,7 +56,12 @@ def _text(found: Inspection) -> list[str]:
         for one in found.artifacts:
             if one.component == name:
                 ran = "executed when built" if one.executed else "not executed when built"
-                lines.append(f"  {one.backend} {one.precision}: {one.bytes:,} bytes, {ran}")
+                ran += f", by {one.executed_by}" if one.executed_by is not None else ""
+                where = f"function `{one.function}` of {one.path} with " if one.function is not None else ""
+                lines.append(f"  {one.backend} {one.precision}: {where}{one.bytes:,} bytes, {ran}")
+                first = next(other for other in found.artifacts if other.path == one.path)
+                if one.package is not None and one is first:  # it is about the package, whatever else is in that
+                    lines += _lint(one.package.lint, "    ")
     if found.counted:
         parameters = sum(part.parameters or 0 for part in found.components.values())
         lines.append(f"together: {parameters:,} parameters")
@@ -86,3 +97,43 @@ def _backend(facts: BackendFacts) -> list[str]:
 
 def _signature(specs: tuple[TensorSpec, ...]) -> str:
     return ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in specs)
+
+
+def _package(facts: PackageFacts) -> list[str]:
+    sets = ", ".join(facts.operation_sets)
+    lines = [f"Core ML package {facts.name}: specification {facts.specification_version} ({sets})"]
+    for one in facts.functions:
+        lines += ["", f"{one.name}: {_arrays(one.inputs)} -> {_arrays(one.outputs)}"]
+        lines += [f"  keeps {_arrays((state,))} between calls" for state in one.states]
+        shown = list(one.operations.items())[:SHOWN_OPS]
+        rest = len(one.operations) - len(shown)
+        more = f", and {rest} other kinds" if rest > 0 else ""
+        lines.append(f"  {sum(one.operations.values())} operations: " + ", ".join(f"{k} {n}" for k, n in shown) + more)
+        lines.append("  they give " + ", ".join(f"{dtype} {count}" for dtype, count in one.computes.items()))
+    lines += ["", "weights"]
+    lines += [
+        f"  {one.kind}: {one.tensors} tensors, {one.elements:,} elements in {one.bytes:,} bytes"
+        for one in facts.weights
+    ]
+    lines += [f"  {name}: {size:,} bytes" for name, size in facts.weight_files.items()]
+    return [*lines, "", *_lint(facts.lint, "")]
+
+
+def _lint(report: LintReport, indent: str) -> list[str]:
+    if not report.findings:
+        return [f"{indent}Neural Engine: nothing that is known to leave it or to be slow ({report.caveat})"]
+    lines = [f"{indent}Neural Engine: {report.details()['neural_engine_lint']} ({report.caveat})"]
+    said: set[str] = set()
+    for one in report.findings:
+        if one.reason in said:
+            lines.append(f"{indent}    the same: {one.subject()}")
+        else:
+            lines.append(f"{indent}  {one.line()}")
+            lines.append(f"{indent}    {one.advice} ({one.known}: {one.reference})")
+        said.add(one.reason)
+    return lines
+
+
+def _arrays(values: tuple[ArrayFacts, ...]) -> str:
+    shapes = [", ".join("?" if size is None else str(size) for size in one.shape) for one in values]
+    return ", ".join(f"{one.name} {one.dtype}[{shape}]" for one, shape in zip(values, shapes, strict=True))

@@ -23,7 +23,7 @@ from edgegen.cli.console import Output, reporting
     show_default=True,
     help="The PNG to write.",
 )
-@click.option("--backend", metavar="NAME", help="Default: the first in the target's order that this machine executes.")
+@click.option("--backend", metavar="NAME", help="Default: the first in the target's order whose runtime is here.")
 @click.option("--skip-hashes", is_flag=True, help="Trust the bundle's files instead of hashing them all first.")
 @reporting
 def command(
@@ -36,7 +36,10 @@ def command(
     skip_hashes: bool,
     output: Output,
 ) -> None:
-    """Draw a picture with BUNDLE on this machine, and print the path of the PNG."""
+    """Draw a picture with BUNDLE on this machine, and print the path of the PNG.
+
+    Core ML packages are executed by Core ML on macOS and by edgegen's reference evaluator elsewhere, which is said.
+    """
     from edgegen.bundle.open import open_bundle
     from edgegen.bundle.picture import check_png_path, write_png
     from edgegen.bundle.run import generate
@@ -52,11 +55,15 @@ def command(
         output.say(f"warning: {warning}")
     spent = sum(seconds for stage, seconds in drawn.timings.items() if not stage.startswith("load."))
     counted = f"{drawn.steps} step" if drawn.steps == 1 else f"{drawn.steps} steps"
-    output.say(f"drawn by `{drawn.backend}` in {counted}, {spent * 1000:.0f} ms once loaded")
+    if drawn.executed_by is None:
+        output.say(f"drawn by `{drawn.backend}` in {counted}, {spent * 1000:.0f} ms once loaded")
+    else:
+        output.say(f"drawn from `{drawn.backend}` artifacts in {counted}, executed by {drawn.executed_by}")
     report = {
         "picture": str(picture),
         "bundle": str(bundle),
         "backend": drawn.backend,
+        "executed_by": drawn.executed_by,
         "prompt": prompt,
         "seed": drawn.seed,
         "steps": drawn.steps,

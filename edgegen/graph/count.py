@@ -59,6 +59,12 @@ def count(program: ExportedProgram) -> GraphCount:
     )
 
 
+def macs_of(node: Node) -> int:
+    """Of one call; 0 for what is no product of matrices."""
+    rule = _RULES.get(op_name(node))
+    return 0 if rule is None else rule(node)
+
+
 def op_name(node: Node) -> str:
     """`aten.conv2d` for a call of `aten.conv2d.default`."""
     target = node.target

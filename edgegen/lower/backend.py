@@ -25,6 +25,8 @@ from edgegen.precision.plan import Precision as Precision
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+HeldTo = Literal["fp32", "fp16", "plan"]
+"""Which thresholds an artifact is held to."""
 Array = NDArray[np.generic]
 
 

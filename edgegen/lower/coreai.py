@@ -133,9 +133,17 @@ class CoreAIBackend:
         """Convert, make the asset's bytes repeatable, check its signature. EdgegenError names the component."""
         from coreai_torch import TorchConverter, get_decomp_table
 
+        from edgegen.lower.coreai_compress import check_plan, compressed
+        from edgegen.lower.coreai_read import count_compressed, saved_module
+        from edgegen.lower.stored_weight import stored_weights
+
+        check_plan(request.quantized)
         file = f"{request.component}{self.suffix}"
         path = request.out_dir / file
         try:
+            stored = stored_weights(program, request.quantized)
+            if request.quantized:
+                program = compressed(program, stored)
             # RELEASE: operation ids instead of stack traces, which would carry this machine's paths.
             converter = TorchConverter(mode=TorchConverter.Mode.RELEASE).add_exported_program(
                 program.run_decompositions(get_decomp_table()),
@@ -163,6 +171,10 @@ class CoreAIBackend:
             "operations": str(total),
             "compute_types": ", ".join(sorted(summary.compute_types)),
         }
+        if request.quantized:
+            code = (path / PROGRAM).read_bytes()
+            details |= count_compressed(saved_module(path), code, request.quantized, stored, f"`{file}`")
+            details["weight_bytes"] = str(sum(one.stored_bytes for one in set(stored.values())))
         delegation = Delegation(
             delegate="neural engine, gpu or cpu, as Core AI decides",
             known=False,

@@ -1,4 +1,5 @@
-"""Core ML: an ML program (`.mlpackage`) made by coremltools on any host, executed by Core ML on macOS only.
+"""Core ML: an ML program (`.mlpackage`) made by coremltools on any host, executed by Core ML on macOS and by edgegen's
+own evaluator elsewhere.
 
 fp16 is coremltools' own conversion of the float32 graph, except for what computes the timestep's angles: near t = 1000
 a float16 step is half a radian, so sines and cosines of such an angle are noise. Those few operations stay in float32.
@@ -6,7 +7,8 @@ a float16 step is half a radian, so sines and cosines of such an angle are noise
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,9 +16,26 @@ import numpy as np
 
 from edgegen.errors import EdgegenError, UsageError
 from edgegen.graph.tensor_spec import TensorSpec
-from edgegen.lower.backend import Delegation, Lowered, LowerRequest, Precision
-from edgegen.lower.coreml_execute import CoreMLExecutable
-from edgegen.lower.mlpackage import operations, read_program, read_spec, signature, write_package
+from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
+from edgegen.lower.coreml_execute import (
+    EVALUATOR,
+    EVALUATOR_MODULES,
+    CoreMLExecutable,
+    EvaluatedExecutable,
+    core_ml_is_here,
+    open_program,
+)
+from edgegen.lower.coreml_values import each_value, nodes_of_values, value_stem
+from edgegen.lower.mlpackage import (
+    operations,
+    read_program,
+    read_spec,
+    shown,
+    signature,
+    split_function,
+    states,
+    write_package,
+)
 from edgegen.lower.signature import check_signature, reason
 
 if TYPE_CHECKING:
@@ -42,10 +61,6 @@ _ANGLE_OPS = frozenset(
         "tile",
     }
 )
-_NOT_HERE = (
-    "Core ML executes on macOS only; on this host the package is converted, read back and checked for structure, "
-    "and a numeric proof without Core ML is not part of this version"
-)
 
 
 class CoreMLBackend:
@@ -58,15 +73,20 @@ class CoreMLBackend:
     half: Literal["graph", "converter", "storage"] = "converter"
     quantizes: Literal["graph", "file"] = "graph"
     lower_modules = ("torch", "coremltools")
-    run_modules = ("coremltools",)
+    run_modules: tuple[str, ...] = ("coremltools",) if core_ml_is_here() else EVALUATOR_MODULES
     distributions = ("torch", "coremltools")
 
     def lower(self, program: ExportedProgram, request: LowerRequest) -> Lowered:
         """Convert, write the package repeatably, read program and signature back. EdgegenError names the component."""
         import coremltools as ct
 
+        from edgegen.lower.coreml_compress import CompressWeights, check_target, count_compressed
+        from edgegen.lower.coreml_state import FIRST_TARGET, check_states, state_details, state_notes
+        from edgegen.lower.stored_weight import stored_weights, with_float_weights
+
         target_name = request.options.get("minimum_deployment_target", DEFAULT_TARGET)
         target = _target(target_name)
+        check_target(request.quantized, target_name)
         spared: set[str] = set()
         handles: set[int] = set()
         precision: Any = ct.precision.FLOAT32
@@ -75,16 +95,24 @@ class CoreMLBackend:
         file = f"{request.component}{self.suffix}"
         path = request.out_dir / file
         try:
-            decomposed = _named(program.run_decompositions({}), request.inputs, request.outputs)
-            handles |= _handles(decomposed, request.islands)
+            stored = stored_weights(program, request.quantized)
+            floats = with_float_weights(program, stored)
+            decomposed = _named(floats.run_decompositions({}), request.inputs, request.outputs)
+            check_states(decomposed, request.component, int(target) >= int(ct.target[FIRST_TARGET]), target_name)
+            calls = _handles(decomposed, {*request.islands, *request.quantized})
+            handles |= _with_quantizers(decomposed, {at for at, name in calls.items() if name in request.islands})
+            compress = CompressWeights(request.quantized, stored, calls)
             model = ct.convert(
                 decomposed,
                 outputs=[ct.TensorType(name=spec.name, dtype=np.dtype(spec.dtype).type) for spec in request.outputs],
                 minimum_deployment_target=target,
                 compute_precision=precision,
+                pass_pipeline=compress.pipeline() if request.quantized else None,
                 convert_to="mlprogram",
                 skip_model_load=True,
             )
+        except EdgegenError:
+            raise
         except Exception as error:
             raise EdgegenError(f"`{request.component}` cannot be lowered to Core ML: {reason(error)}") from error
         write_package(model.get_spec(), Path(model.weights_dir), path)
@@ -96,16 +124,21 @@ class CoreMLBackend:
                 f"`{file}` needs specification {spec.specificationVersion}, above {int(target)} of {target_name}",
                 hint="raise `minimum_deployment_target` of the target",
             )
-        census = operations(read_program(path, spec))
+        written = read_program(path, spec)
+        census = operations(written)
         details = {
             "minimum_deployment_target": target_name,
             "specification_version": str(spec.specificationVersion),
             "operations": str(census.total()),
             "compute_precision": "float16" if request.precision == "fp16" else "float32",
+            **state_details(decomposed),
         }
-        notes: tuple[str, ...] = ()
+        if request.quantized:
+            details |= count_compressed(written, request.quantized, compress.placed, f"`{file}`")
+            details["weight_bytes"] = str(sum(one.stat().st_size for one in path.rglob("*.bin")))
+        notes = state_notes(decomposed)
         if spared:
-            notes = (
+            notes += (
                 f"kept in float32: {', '.join(sorted(spared))}, which float16 would break "
                 "(an angle near 1000 rad is known to half a radian there; other hazards are in the report)",
             )
@@ -118,21 +151,67 @@ class CoreMLBackend:
         return Lowered(file=file, delegation=delegation, details=details, notes=notes)
 
     def not_executed_here(self) -> str | None:
-        return None if sys.platform == "darwin" else _NOT_HERE
+        """Never a reason: what Core ML does not execute, the evaluator does (see `executed_by`)."""
+        return None
 
-    def load(self, path: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> CoreMLExecutable:
-        """A model on all compute units (macOS); EdgegenError elsewhere, and for a package that is not the specs'."""
-        refusal = self.not_executed_here()
-        if refusal is not None:
-            raise EdgegenError(f"`{path.name}` cannot be executed on this host: {refusal}")
+    def executed_by(self) -> str | None:
+        return None if core_ml_is_here() else EVALUATOR
+
+    def load(
+        self, path: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+    ) -> CoreMLExecutable | EvaluatedExecutable:
+        """A model on all compute units on macOS, the evaluator elsewhere. EdgegenError for what is no package, is not
+        the specs', or has an operation that is not known."""
+        if not core_ml_is_here():
+            return self.evaluator(path, inputs, outputs)
         import coremltools as ct
 
-        _check(path, read_spec(path), inputs, outputs)
+        spec = read_spec(path)
+        _check(path, spec, inputs, outputs)
         try:
-            model = ct.models.MLModel(str(path))
+            package, function = split_function(path)
+            model = ct.models.MLModel(str(package), function_name=function)
         except Exception as error:
-            raise EdgegenError(f"`{path.name}` cannot be loaded: {reason(error)}") from error
-        return CoreMLExecutable(model, f"`{path.name}`", inputs, outputs)
+            raise EdgegenError(f"`{shown(path)}` cannot be loaded: {reason(error)}") from error
+        return CoreMLExecutable(model, f"`{shown(path)}`", inputs, outputs, stateful=bool(states(spec, path)))
+
+    def evaluator_missing(self) -> tuple[str, ...]:
+        return tuple(module for module in EVALUATOR_MODULES if find_spec(module) is None)
+
+    def evaluator(
+        self,
+        path: Path,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        *,
+        accumulate: Literal["fp32", "fp16"] = "fp32",
+    ) -> EvaluatedExecutable:
+        """The package executed by `mlprogram` on any host; `accumulate` is how it keeps sums of float16 products."""
+        _check(path, read_spec(path), inputs, outputs)
+        return EvaluatedExecutable(open_program(path, accumulate=accumulate), f"`{shown(path)}`", inputs, outputs)
+
+    def each_value(
+        self,
+        path: Path,
+        inputs: Mapping[str, Array],
+        keep: Callable[[str, str, Array], None],
+        *,
+        arithmetic: Literal["declared", "fp32"] = "declared",
+    ) -> None:
+        """Compute the package once with the evaluator and show every value by its name in the program."""
+        each_value(path, inputs, keep, arithmetic)
+
+    def nodes_of_values(
+        self, program: ExportedProgram, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+    ) -> dict[str, str]:
+        """The converter names values after the nodes that it was given: those of `program`, prepared as by `lower`."""
+        from edgegen.graph.edit import private_program
+
+        prepared = _named(private_program(program).run_decompositions({}), inputs, outputs)
+        return nodes_of_values(program, prepared, outputs)
+
+    def value_stem(self, name: str) -> str:
+        return value_stem(name)
 
 
 def _target(name: str) -> Any:
@@ -146,18 +225,37 @@ def _target(name: str) -> Any:
 
 def _check(path: Path, spec: Any, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
     found_inputs, found_outputs = signature(spec, path)
-    check_signature(f"`{path.name}`", "inputs", found_inputs, inputs)
-    check_signature(f"`{path.name}`", "outputs", found_outputs, outputs)
+    check_signature(f"`{shown(path)}`", "inputs", found_inputs, inputs)
+    check_signature(f"`{shown(path)}`", "outputs", found_outputs, outputs)
 
 
-def _handles(program: ExportedProgram, islands: tuple[str, ...]) -> set[int]:
-    """Number the calls of a decomposed program, and give the numbers of those that calls named in `islands` became."""
-    found = set()
+def _handles(program: ExportedProgram, names: set[str]) -> dict[int, str]:
+    """Number the calls of a decomposed program; the numbers of those that calls named in `names` became, with the
+    name."""
+    found = {}
     for number, node in enumerate(node for node in program.graph.nodes if node.op == "call_function"):
         node.meta["debug_handle"] = number
-        sources = node.meta.get("from_node") or []
-        if node.name in islands or any(source.name in islands for source in sources):
-            found.add(number)
+        sources = [source.name for source in node.meta.get("from_node") or []]
+        # Its own name says nothing: decomposing counts anew, so that `conv2d_1` may be what `conv2d_2` was.
+        name = next((one for one in sources or [node.name] if one in names), None)
+        if name is not None:
+            found[number] = name
+    return found
+
+
+def _with_quantizers(program: ExportedProgram, handles: set[int]) -> set[int]:
+    """`handles` and those of what quantizes their values: a cast between the two would take int8 arithmetic away."""
+    found = set(handles)
+    for node in program.graph.nodes:
+        if node.meta.get("debug_handle") not in handles:
+            continue
+        readers = list(node.users)
+        if len(readers) == 1 and str(readers[0].target) == "aten.relu.default":
+            found.add(readers[0].meta["debug_handle"])
+            readers = list(readers[0].users)
+        for one in (*node.all_input_nodes, *readers):
+            if str(one.target).startswith("quantized_decomposed."):
+                found.add(one.meta["debug_handle"])
     return found
 
 

@@ -21,6 +21,7 @@ from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
 from edgegen.lower.collection import without_collection
+from edgegen.lower.executorch_quantize import one_dequantize_a_reader, quantized_details, refuse_unrunnable
 from edgegen.lower.signature import check_call, check_product, check_signature, reason
 
 if TYPE_CHECKING:
@@ -84,10 +85,14 @@ class ExecuTorchBackend:
 
         file = f"{request.component}{self.suffix}"
         path = request.out_dir / file
+        refuse_unrunnable(program, request.quantized, request.precision)
         try:
+            if request.quantized:
+                program = one_dequantize_a_reader(program)
             with without_collection(), _shared_provenance(), _needless_traces_left_out():
                 edge = to_edge_transform_and_lower(program, partitioner=[_partitioner()])
-                delegation = _delegation(edge.exported_program())
+                partitioned = edge.exported_program()
+                delegation = _delegation(partitioned)
                 final = edge.to_executorch()
             with path.open("wb") as stream:
                 final.write_to_file(stream)
@@ -95,7 +100,8 @@ class ExecuTorchBackend:
             raise EdgegenError(f"`{request.component}` cannot be lowered to ExecuTorch: {reason(error)}") from error
         check_product(request.component, path)
         self.load(path, request.inputs, request.outputs).close()
-        details = {
+        int8 = quantized_details(path.read_bytes(), partitioned, request.quantized)
+        details = int8 | {
             "delegate": DELEGATE,
             "method": METHOD,
             "inputs": ", ".join(spec.name for spec in request.inputs),

@@ -21,6 +21,13 @@ from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.signature import reason
 
 _AUTHOR = "com.apple.CoreML"
+MODEL_FOLDER = f"Data/{_AUTHOR}"
+"""Where a package keeps its model; weight files are below it."""
+SUFFIX = ".mlpackage"
+MAIN = "main"
+"""The function of a package that has one."""
+FUNCTION_NAME = r"^[A-Za-z_][A-Za-z0-9_]{0,62}$"
+"""What else a function may be called: MIL's identifiers, which are Swift's too."""
 _MODEL = f"{_AUTHOR}/model.mlmodel"
 _WEIGHTS = f"{_AUTHOR}/weights"
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "mlpackage.edgegen")
@@ -69,10 +76,27 @@ def _even_modes(package: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-def read_spec(package: Path) -> Any:
-    """The `Model` protobuf of `package`; EdgegenError when the folder is not a readable package."""
+def function_path(package: Path, function: str) -> Path:
+    """One function of a package as a path, to be loaded: `model.mlpackage/encode`. No file is there."""
+    return package / function
+
+
+def split_function(path: Path) -> tuple[Path, str | None]:
+    """The package of a path, and its function where `function_path` made it."""
+    return (path.parent, path.name) if path.parent.suffix == SUFFIX else (path, None)
+
+
+def shown(path: Path) -> str:
+    """A package, or a function of one, as messages name it."""
+    package, function = split_function(path)
+    return package.name if function is None else f"{package.name}/{function}"
+
+
+def read_spec(path: Path) -> Any:
+    """The `Model` protobuf of a package (or of a function's package); EdgegenError when the folder is none."""
     import coremltools as ct
 
+    package, _ = split_function(path)
     try:
         return ct.utils.load_spec(str(package))
     except Exception as error:
@@ -81,28 +105,58 @@ def read_spec(package: Path) -> Any:
 
 def read_program(package: Path, spec: Any) -> Any:
     """The PyMIL program of `package`, every constant read from its weight blobs. EdgegenError when that fails."""
+    from coremltools.converters.mil import Builder
     from coremltools.converters.mil.frontend.milproto.load import load
 
     try:
-        return load(spec, spec.specificationVersion, file_weights_dir=str(package / "Data" / _WEIGHTS))
+        return load(spec, spec.specificationVersion, file_weights_dir=str(package / MODEL_FOLDER / "weights"))
     except Exception as error:
         raise EdgegenError(f"the program of `{package.name}` cannot be read back: {reason(error)}") from error
+    finally:
+        # Reading numbers what has no name, as converting does, which alone begins anew afterwards: the next package of
+        # this process would have other names.
+        Builder.name_count.clear()
 
 
-def signature(spec: Any, package: Path) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Inputs and outputs that the package declares. EdgegenError for anything but float32 and int32 arrays."""
+def signature(spec: Any, path: Path) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs that a package declares, or one function of it (`path` as `function_path` gives it).
+
+    EdgegenError for anything but float32 and int32 arrays, and for a function that is not there.
+    """
 
     def tensor(feature: Any) -> TensorSpec:
         kind = feature.type.WhichOneof("Type")
         if kind != "multiArrayType":
-            raise EdgegenError(f"`{feature.name}` of `{package.name}` is a {kind}, not an array")
+            raise EdgegenError(f"`{feature.name}` of `{shown(path)}` is a {kind}, not an array")
         array = feature.type.multiArrayType
         dtype = array.ArrayDataType.Name(array.dataType).lower()
         if dtype not in ("float32", "int32"):
-            raise EdgegenError(f"`{feature.name}` of `{package.name}` is {dtype}, expected float32 or int32")
+            raise EdgegenError(f"`{feature.name}` of `{shown(path)}` is {dtype}, expected float32 or int32")
         return TensorSpec(name=feature.name, shape=tuple(array.shape), dtype=dtype)
 
-    return [tensor(f) for f in spec.description.input], [tensor(f) for f in spec.description.output]
+    said = _description(spec, path)
+    return [tensor(f) for f in said.input], [tensor(f) for f in said.output]
+
+
+def states(spec: Any, path: Path) -> tuple[str, ...]:
+    """What a package, or one function of it, keeps between calls."""
+    return tuple(feature.name for feature in _description(spec, path).state)
+
+
+def _description(spec: Any, path: Path) -> Any:
+    """Where the inputs and outputs of a function are described: a package with only one has no name for it there."""
+    package, function = split_function(path)
+    description = spec.description
+    if not description.functions:
+        if function not in (None, MAIN):
+            raise EdgegenError(f"`{package.name}` has no function `{function}`, it has `{MAIN}`")
+        return description
+    wanted = function or description.defaultFunctionName
+    for one in description.functions:
+        if one.name == wanted:
+            return one
+    have = ", ".join(f"`{one.name}`" for one in description.functions)
+    raise EdgegenError(f"`{package.name}` has no function `{wanted}`, it has {have}")
 
 
 def operations(program: Any) -> Counter[str]:

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
+from edgegen.lower.onnx_optimised import PROVIDER, optimised_graph
+from edgegen.lower.onnx_quantize import check_integers, opset_for, quantize_model, refuse, without_dynamic_ranges
 from edgegen.lower.signature import check_call, check_product, check_signature, reason
 
 if TYPE_CHECKING:
@@ -32,7 +34,6 @@ OPSET = 20
 EXTERNAL_DATA_ABOVE = 2**31 - 2**26
 # Model metadata: name of a value in the artifact, by the name of the fx node of the captured graph that it is.
 FX_VALUES = "edgegen.fx_values"
-PROVIDER = "CPUExecutionProvider"
 DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32"}
 
 
@@ -83,7 +84,9 @@ class OnnxBackend:
 
         file = f"{request.component}{self.suffix}"
         path = request.out_dir / file
+        refuse(request)
         opset = _opset(request)
+        program = without_dynamic_ranges(program)
         try:
             exported = torch.onnx.export(
                 private_program(program),
@@ -102,6 +105,7 @@ class OnnxBackend:
             if made != opset:
                 raise EdgegenError(f"opset {opset} was asked for and the exporter gave {made}")
             values = _fx_values(program, exported)
+            quantize_model(model, values, request.quantized)
             _strip(model)
             model.metadata_props[FX_VALUES] = json.dumps(values, sort_keys=True)
             external = sum(value.const_value.nbytes for value in _initializers(model)) > EXTERNAL_DATA_ABOVE
@@ -117,6 +121,7 @@ class OnnxBackend:
             "opset": str(opset),
             "ir_version": str(model.ir_version),
             "operators": str(total),
+            **(check_integers(request.component, path, request.quantized) if request.quantized else {}),
             "float16": "weights and tensors between operators; inputs and outputs are float32"
             if request.precision == "fp16"
             else "none",
@@ -184,7 +189,7 @@ class OnnxBackend:
 
 
 def _opset(request: LowerRequest) -> int:
-    asked = request.options.get("opset", str(OPSET))
+    asked = request.options.get("opset", str(opset_for(request, OPSET)))
     if not asked.isdecimal():
         raise EdgegenError(f"`{request.component}` cannot be lowered to ONNX: opset `{asked}` is not a number")
     return int(asked)
@@ -262,22 +267,11 @@ def _half_values(path: Path) -> int:
 
 def _roundings(path: Path) -> int:
     """Casts to float16 that are left once onnxruntime has optimised the graph for this host's CPU."""
-    import tempfile
-
     import onnx
-    import onnxruntime
 
-    with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        # The optimised graph suits this machine alone; it is counted and thrown away.
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
-        onnxruntime.InferenceSession(str(path), sess_options=options, providers=[PROVIDER])
-        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
     return sum(
         attribute.i == onnx.TensorProto.FLOAT16
-        for node in graph.node
+        for node in optimised_graph(path).node
         if node.op_type == "Cast"
         for attribute in node.attribute
         if attribute.name == "to"

@@ -26,6 +26,8 @@ from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
 from edgegen.lower.collection import without_collection
 from edgegen.lower.signature import check_call, check_product, check_signature, reason
+from edgegen.lower.tflite_file import marked
+from edgegen.lower.tflite_quantize import QuantizedFile, quantize_file, refuse_unrunnable
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -78,9 +80,16 @@ class TfliteBackend:
         file = f"{request.component}{self.suffix}"
         path = request.out_dir / file
         try:
-            content, refusals = _convert(program, request)
+            refuse_unrunnable(program, request.quantized)
+            named = marked(program, request.quantized) if request.quantized else program
+            content, refusals = _convert(named, request)
+            made: QuantizedFile | None = None
             cast: Counter[str] = Counter()
-            if request.precision == "fp16":
+            if request.quantized:
+                made = quantize_file(content, program, request.quantized, request.precision)
+                content = made.content
+                cast = _readers_of_half(content) if request.precision == "fp16" else cast
+            elif request.precision == "fp16":
                 content, cast = _half_weights(content)
             path.write_bytes(content)
         except EdgegenError:
@@ -95,12 +104,15 @@ class TfliteBackend:
         notes: tuple[str, ...] = ()
         if request.precision == "fp16":
             details["float16"] = "weights only; arithmetic is float32 on the CPU"
-            details["cast_to_float16"] = ", ".join(f"{count} {op}" for op, count in sorted(cast.items())) or "nothing"
+            details["cast_to_float16"] = _counts(cast)
             notes = (
                 "weights are stored in float16 and unpacked by the runtime; "
                 "norms, biases and all arithmetic on the CPU stay float32: "
                 "parity measured here is that of float16 weights, not of float16 arithmetic",
             )
+        if made is not None:
+            details["int8_ops"] = _counts(made.int8_ops)
+            details["compressed_weights"] = _counts(made.compressed_weights)
         notes += tuple(f"decomposed as a whole, which takes longer: {refusal}" for refusal in refusals)
         return Lowered(file=file, delegation=_delegation(path), details=details, notes=notes)
 
@@ -220,6 +232,10 @@ def _local_decompositions() -> Iterator[list[str]]:
     finally:
         for module in modules:
             module.safe_run_decompositions = whole
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in sorted(counter.items())) or "nothing"
 
 
 def _half_weights(content: bytes) -> tuple[bytes, Counter[str]]:

@@ -115,6 +115,8 @@ def work(job: LowerInChild) -> Lowered:
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     backend = import_module(job.module).BACKEND
+    if job.quantized:
+        import torch.ao.quantization.fx._decomposed  # registers the ops that the graph has
     program = torch.export.load(job.program)
     request = LowerRequest(
         component=job.component,

@@ -93,6 +93,15 @@ class Calibration(_Model):
     """Over prompts, seeds and settings."""
 
 
+class FrontPoint(_Model):
+    """One of the plans that could have been chosen: share of fp32's latency with the first backend and decibels of the
+    picture, both estimated, and bytes."""
+
+    latency_ratio: float
+    bytes: int
+    picture_psnr_db: float
+
+
 class PrecisionPlan(_Model):
     """The plan of one student for one target; `tensors_sha256` is that of what repairs changed, a file beside it."""
 
@@ -108,7 +117,11 @@ class PrecisionPlan(_Model):
     repairs: tuple[str, ...] = ()
     """Those that changed weights, in order."""
     tensors_sha256: str | None = None
+    budget: dict[str, float] = {}
+    """What was asked of it, by the names of `edgegen plan`'s options: `min_psnr`, `max_latency`, ..."""
     sampler: dict[int, tuple[tuple[float, float], ...]] = {}
     """Steps -> factors of each step's (sample, prediction), learned on the quantized student (Q-Sched); none are 1."""
     predicted: dict[str, float] = {}
     """What the planner expected: `picture_psnr_db`, `bytes`, `latency_ratio`, ..."""
+    front: tuple[FrontPoint, ...] = ()
+    """From the fastest to the most faithful; the Pareto front that reports draw."""

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from edgegen.errors import EdgegenError
 from edgegen.lower.backend import Array, Backend, Executable
+from edgegen.lower.stand_in import executed_by
 from edgegen.verify.trajectory import Sample, Signature
 
 
@@ -105,13 +106,18 @@ def profile(
 
     Before them come `warm_up` calls (at least one) that are not counted. A component that is slow is called fewer
     times, at least 3 a sample, to stay near `seconds_per_component`. `picture` draws one picture with the loaded
-    executables. A backend that this host cannot execute gives a report that says so. EdgegenError when an artifact
+    executables. A backend that this host cannot execute, or that something else than its runtime executes here, gives
+    a report that says so and holds no time. EdgegenError when an artifact
     does not load or run.
     """
     report = ProfileReport(backend=backend.name, measured_on=this_host(), runtimes=runtime_versions(backend))
     reason = backend.not_executed_here()
     if reason is not None:
         return report.model_copy(update={"not_measured_because": reason})
+    evaluator = executed_by(backend)
+    if evaluator is not None:
+        why = f"executed here by {evaluator}: the time that takes is nobody's latency"
+        return report.model_copy(update={"not_measured_because": why})
     warm_up = max(warm_up, 1)
     measured: list[ComponentProfile] = []
     loaded: dict[str, Executable] = {}

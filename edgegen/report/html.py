@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgegen.bundle.manifest import Artifact, Manifest
+from edgegen.bundle.manifest import Artifact, Manifest, stored_bytes
 from edgegen.profile.host import Host, ProfileReport
 from edgegen.report.rewrites import Rewrites, rewrites_by_backend
 from edgegen.verify.gates import decibels, describe_delegation, sensitivity_met
@@ -79,6 +79,7 @@ def render(
     environment.filters |= {
         "db": decibels,
         "size": human_size,
+        "stored_bytes": stored_bytes,
         "ms": human_ms,
         "meter": _meter,
         "delegation": describe_delegation,
@@ -119,7 +120,9 @@ def verdict(manifest: Manifest, parity: Mapping[str, ParityReport]) -> Verdict:
     if not passed:
         return Verdict("warn", "Built, and not proven on this machine", elsewhere.strip() or "Nothing was executed.")
     ran = f"{len(passed)} of {len(parity)} {'backend' if len(parity) == 1 else 'backends'}"
-    detail = f"{ran} ran on this machine and met every gate: {', '.join(passed)}.{elsewhere}"
+    stood_in = [f"{name} by {parity[name].executed_by}" for name in passed if parity[name].executed_by is not None]
+    by = f" Executed here: {'; '.join(stood_in)}." if stood_in else ""
+    detail = f"{ran} ran on this machine and met every gate: {', '.join(passed)}.{by}{elsewhere}"
     return Verdict("ok", f"The compiled {thing} match the student", detail)
 
 
@@ -215,7 +218,7 @@ def _tiles(manifest: Manifest, parity: Mapping[str, ParityReport], profile: Mapp
         tiles.append(
             Tile("Fastest picture here", human_ms(taken), f"{one.backend}, {_steps(one.picture_steps)}, measured")
         )
-    sizes = {name: sum(part.bytes for part in parts) for name, parts in _by_backend(manifest).items()}
+    sizes = {name: stored_bytes(parts) for name, parts in _by_backend(manifest).items()}
     if sizes:
         name = min(sizes, key=lambda key: sizes[key])
         tiles.append(Tile("Smallest", human_size(sizes[name]), f"all components, {name}"))
@@ -262,6 +265,8 @@ def _declined(
         for part in report.components:
             if part.outcome is Outcome.NOT_EXECUTED:
                 found[(f"{name}: not executed here", part.reason or "no reason was given")] = None
+        if report.executed_by is not None:
+            found[(f"{name}: executed here", f"by {report.executed_by}")] = None
         for note in report.notes:
             found[(f"{name}: verification", note)] = None
     for name, measured in profile.items():

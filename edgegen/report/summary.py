@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from edgegen.bundle.manifest import Manifest
+from edgegen.bundle.manifest import Manifest, stored_bytes
 from edgegen.report.html import human_size
 from edgegen.verify.gates import decibels
 from edgegen.verify.outcome import ParityReport
@@ -18,6 +18,7 @@ def summarise(manifest: Manifest, report: ParityReport) -> dict[str, object]:
     worst = report.worst_sensitivity
     return {
         "precision": report.precision,
+        "executed_by": report.executed_by,
         "status": report.status,
         "sqnr_db": _number(report.worst_sqnr_db),
         "picture_psnr_db": _number(report.worst_psnr_db),
@@ -25,7 +26,12 @@ def summarise(manifest: Manifest, report: ParityReport) -> dict[str, object]:
         "delegated_ops": sum(d.delegated_ops or 0 for d in known) if known else None,
         "total_ops": sum(d.total_ops or 0 for d in known) if known else None,
         "pieces": sum(d.pieces or 0 for d in known) if known else None,
-        "bytes": sum(one.bytes for one in artifacts),
+        "bytes": stored_bytes(artifacts),
+        "also_measured": {
+            part.component: {one.what: _number(one.sqnr_db) for one in part.also}
+            for part in report.components
+            if part.also
+        },
         "reason": next((part.reason for part in report.components if part.reason), None),
     }
 
@@ -51,6 +57,14 @@ def summary_table(manifest: Manifest, reports: Sequence[ParityReport]) -> str:
                 human_size(int(str(said["bytes"]))),
             )
         )
+        if report.executed_by is not None:
+            reasons.append(f"{report.backend} was executed by {report.executed_by}; no latency was measured")
+        for part in report.components:
+            reasons += [
+                f"{report.backend} {part.component}: {one.what}"
+                + (f": {decibels(one.sqnr_db)}" if one.sqnr_db is not None else "")
+                for one in part.also
+            ]
         if report.status == "not_executed" and said["reason"]:
             reasons.append(f"{report.backend} was not executed: {said['reason']}")
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]

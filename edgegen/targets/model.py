@@ -26,13 +26,20 @@ Text = Annotated[str, Field(min_length=1, max_length=600)]
 Version = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+){0,2}$", max_length=20)]
 
 OPTIONS: dict[str, dict[str, frozenset[str] | None]] = {
-    "coreml": {"minimum_deployment_target": frozenset({"iOS16", "iOS17", "iOS18", "iOS26"})},
+    "coreml": {
+        "minimum_deployment_target": frozenset({"iOS16", "iOS17", "iOS18", "iOS26"}),
+        "package": frozenset({"components", "one"}),
+    },
     "coreai": {},
     "executorch": {},
     "tflite": {},
     "onnx": {"opset": frozenset(str(opset) for opset in range(17, 24))},
 }
 """Lowering options of each backend and their values."""
+PACKAGING, PACKAGE = "coreml", "package"
+"""The backend and its option that say whether components are packages (the default) or functions of one."""
+WITH_FUNCTIONS = frozenset({"iOS18", "iOS26"})
+"""Deployment targets whose packages may have several functions."""
 
 
 class _Model(BaseModel):
@@ -46,11 +53,43 @@ class Denial(_Model):
     reference: Text
 
 
+Place = Literal["first", "last", "strided", "transposed"]
+"""Which ops of a network: those that read its input, those that give its output, those that halve a picture, and
+transposed convolutions."""
+QuantizableOp = Literal["conv", "linear", "matmul"]
+
+
 class DeniedOp(Denial):
-    """`op`: ATen name (`aten.native_group_norm`) with or without overload; `when`: only in this case."""
+    """`op`: ATen name (`aten.native_group_norm`) with or without overload; `when`: only in this case.
+
+    `precisions`: the op runs, and only these precisions of it are denied: no plan uses them. `where`: only there.
+    """
 
     op: Annotated[str, Field(pattern=r"^aten\.[a-z0-9_]+(\.[A-Za-z0-9_]+)?$|^\*$", max_length=100)]
     when: Text | None = None
+    precisions: tuple[ExecutablePrecision, ...] = ()
+    where: tuple[Place, ...] = ()
+
+    @model_validator(mode="after")
+    def _agrees(self) -> DeniedOp:
+        if self.precisions and self.when is None:
+            raise ValueError("precisions want a `when` that says the same in words")
+        if self.where and not self.precisions:
+            raise ValueError("where is of denied precisions: there are none")
+        return self
+
+
+class PrecisionCost(_Model):
+    """What a precision costs: `time` is that of an op in it over the same op's in fp32. `form` and `group` are those of
+    `edgegen.precision.plan.OpPlan`: how the runtime keeps such weights. `reference`: as that of a denial, or
+    `assumed: ...`; a plan's latency is an estimate by it."""
+
+    op: QuantizableOp
+    precision: ExecutablePrecision
+    time: Annotated[float, Field(gt=0, le=100)]
+    form: Literal["affine", "palette"] = "affine"
+    group: Annotated[int, Field(ge=0, le=1024)] = 0
+    reference: Annotated[str, Field(pattern=r"^(measured|assumed|read): .", max_length=600)]
 
 
 class DeniedBackend(Denial):
@@ -112,13 +151,23 @@ class Taken(_Model):
 
 
 class Delegate(_Model):
-    """What takes (part of) a graph within a runtime. `takes`: what is known of how it cuts a graph, for a forecast."""
+    """What takes (part of) a graph within a runtime. `takes`: what is known of how it cuts a graph, for a forecast.
+    `costs`: of what plans may use here; a precision without a cost is not chosen."""
 
     name: Name
     title: Text
     runtime: BackendName
     denied_ops: tuple[DeniedOp, ...] = ()
+    costs: tuple[PrecisionCost, ...] = ()
     takes: Taken | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Delegate:
+        priced = [(cost.op, cost.precision) for cost in self.costs]
+        for one in priced:
+            if priced.count(one) > 1:
+                raise ValueError(f"costs has {one[0]} in {one[1]} twice")
+        return self
 
 
 class Accelerator(_Model):
@@ -153,11 +202,19 @@ class AppMemory(_Model):
     source: Text
 
 
+class Speed(_Model):
+    """How fast fp32 networks ran here: what an estimate in milliseconds starts from."""
+
+    macs_per_second: Annotated[float, Field(gt=0, le=1e16)]
+    reference: Annotated[str, Field(pattern=r"^measured: .", max_length=600)]
+
+
 class Runtime(_Model):
     """One backend on one device. A precision that is not among `precisions` is refused, never emulated.
 
     `delegates`: in the order in which they are offered the graph. `stored_only`: those of `precisions` that make the
     file smaller while arithmetic stays float32, each with a note. `notes`: precision -> what to know of it here.
+    `speed`: without it latencies are known as ratios only.
     """
 
     backend: BackendName
@@ -168,6 +225,7 @@ class Runtime(_Model):
     options: dict[str, str] = {}
     denied_ops: tuple[DeniedOp, ...] = ()
     notes: dict[ExecutablePrecision, Text] = {}
+    speed: Speed | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Runtime:
@@ -187,6 +245,8 @@ class Runtime(_Model):
             values = known[option]
             if values is not None and value not in values:
                 raise ValueError(f"option {option} cannot be {value}: choose from {', '.join(sorted(values))}")
+        if self.options.get(PACKAGE) == "one" and self.options.get("minimum_deployment_target") not in WITH_FUNCTIONS:
+            raise ValueError("option package cannot be one before minimum_deployment_target iOS18")
         return self
 
 
@@ -225,6 +285,15 @@ class BackendOnTarget:
     stored_only: tuple[ExecutablePrecision, ...]
     denied_ops: tuple[DeniedOp, ...]
     notes: dict[ExecutablePrecision, str]
+    speed: Speed | None = None
+
+    def cost(self, op: QuantizableOp, precision: ExecutablePrecision) -> PrecisionCost | None:
+        """By the first delegate that says one; None where none does, so that no plan uses it."""
+        for delegate in self.delegates:
+            for cost in delegate.costs:
+                if (cost.op, cost.precision) == (op, precision):
+                    return cost
+        return None
 
 
 @dataclass(frozen=True)
@@ -275,6 +344,7 @@ class Target:
                     stored_only=runtime.stored_only,
                     denied_ops=delegates[0].denied_ops + runtime.denied_ops,
                     notes=dict(runtime.notes),
+                    speed=runtime.speed,
                 )
         raise KeyError(name)
 

@@ -6,21 +6,33 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgegen.bundle.manifest import Manifest
 from edgegen.bundle.open import Bundle, open_bundle
 from edgegen.errors import GateError, UsageError
+from edgegen.lower.stand_in import Sums
 from edgegen.verify import gates
 from edgegen.verify.outcome import ParityReport
-from edgegen.verify.worker import StoredReference, VerifyJob, not_executable, unexecuted, verify_in_child
+from edgegen.verify.worker import (
+    StoredReference,
+    VerifyJob,
+    not_executable,
+    predicted_db,
+    unexecuted,
+    verify_in_child,
+)
 
 
 def verify_bundle(
-    path: Path, backend: str | None = None, *, require_full_delegation: bool = False
-) -> tuple[Manifest, list[ParityReport]]:
+    path: Path,
+    backend: str | None = None,
+    *,
+    require_full_delegation: bool = False,
+    accumulate: Sums = "fp32",
+) -> tuple[Bundle, list[ParityReport]]:
     """Check every hash, then execute each backend's artifacts in a child process.
 
-    UsageError when `backend` is not in the bundle; the errors of `open_bundle`. What an artifact does wrong is in its
-    report; see `raise_unless_met`.
+    `accumulate` "fp16" also measures how artifacts do whose evaluator is asked to keep sums in float16. UsageError when
+    `backend` is not in the bundle; the errors of `open_bundle`. What an artifact does wrong is in its report; see
+    `raise_unless_met`.
     """
     bundle = open_bundle(path)
     names = bundle.backends()
@@ -32,11 +44,11 @@ def verify_bundle(
     reports = []
     with tempfile.TemporaryDirectory(prefix="edgegen-verify-") as folder:
         for name in names:
-            job = _job(bundle, name, Path(folder), require_full_delegation)
+            job = _job(bundle, name, Path(folder), require_full_delegation, accumulate)
             reason = not_executable(job)
             found = unexecuted(job, reason) if reason else verify_in_child(job, Path(folder) / f"{name}.log")
             reports.append(found.parity)
-    return bundle.manifest, reports
+    return bundle, reports
 
 
 def raise_unless_met(path: Path, reports: Sequence[ParityReport]) -> None:
@@ -49,7 +61,22 @@ def raise_unless_met(path: Path, reports: Sequence[ParityReport]) -> None:
         )
 
 
-def _job(bundle: Bundle, backend: str, folder: Path, require_full_delegation: bool) -> VerifyJob:
+def stored_reference(bundle: Bundle) -> StoredReference:
+    """The reference that a bundle carries."""
+    manifest = bundle.manifest
+    return StoredReference(
+        root=bundle.root.resolve(),
+        components=manifest.components,
+        fixtures=manifest.fixtures,
+        component_fixtures=manifest.component_fixtures,
+        sampler=manifest.sampler,
+        latent=manifest.latent,
+        planned=manifest.planned,
+        bounds={} if manifest.plan is None else manifest.plan.bounds,
+    )
+
+
+def _job(bundle: Bundle, backend: str, folder: Path, require_full_delegation: bool, accumulate: Sums) -> VerifyJob:
     manifest = bundle.manifest
     artifacts = bundle.artifacts(backend)
     thresholds = manifest.gates
@@ -58,16 +85,11 @@ def _job(bundle: Bundle, backend: str, folder: Path, require_full_delegation: bo
     return VerifyJob(
         backend=backend,
         precision=next(iter(artifacts.values())).precision,
-        artifacts={name: bundle.path(artifacts[name].path).resolve() for name in manifest.components},
+        artifacts={name: bundle.loadable(artifacts[name]).resolve() for name in manifest.components},
         delegations={name: one.delegation for name, one in artifacts.items()},
-        reference=StoredReference(
-            root=bundle.root.resolve(),
-            components=manifest.components,
-            fixtures=manifest.fixtures,
-            component_fixtures=manifest.component_fixtures,
-            sampler=manifest.sampler,
-            latent=manifest.latent,
-        ),
+        predicted_db={name: db for name, one in artifacts.items() if (db := predicted_db(one.details)) is not None},
+        accumulate=accumulate,
+        reference=stored_reference(bundle),
         gates=thresholds,
         pictures=folder / backend,
         measure=False,

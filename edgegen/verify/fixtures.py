@@ -6,13 +6,14 @@ table, a stochastic sampler's fresh noise from the seed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgegen.bundle.manifest import ComponentFixture, ComponentIO, Fixture, OtherPrompt, SamplerTable
+from edgegen.bundle.manifest import ComponentFixture, ComponentIO, Fixture, OtherPrompt, PlanBound, SamplerTable
 from edgegen.bundle.noise import normal
 from edgegen.errors import EdgegenError
 from edgegen.lower.backend import Array
@@ -76,6 +77,22 @@ def store(reference: Reference, root: Path) -> tuple[tuple[Fixture, ...], tuple[
     return (), tuple(calls)
 
 
+def store_planned(reference: Reference, root: Path) -> dict[str, tuple[dict[str, str], ...]]:
+    """Write what the fake-quant reference gives below `root`/fixtures/planned: component -> for each of its samples,
+    output -> path relative to `root`."""
+    stored: dict[str, tuple[dict[str, str], ...]] = {}
+    for component, samples in reference.planned.items():
+        calls = []
+        for index, sample in enumerate(samples):
+            folder = f"fixtures/planned/{component}/{index:02d}"
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            for name, value in sample.outputs.items():
+                np.save(root / folder / f"{name}.npy", value, allow_pickle=False)
+            calls.append({name: f"{folder}/{name}.npy" for name in sample.outputs})
+        stored[component] = tuple(calls)
+    return stored
+
+
 def restore(
     root: Path,
     components: dict[str, ComponentIO],
@@ -83,6 +100,8 @@ def restore(
     component_fixtures: Sequence[ComponentFixture] = (),
     sampler: SamplerTable | None = None,
     latent: LatentConfig | None = None,
+    planned: Mapping[str, Sequence[Mapping[str, str]]] | None = None,
+    bounds: Mapping[str, PlanBound] | None = None,
 ) -> Reference:
     """The reference that `store` wrote below `root`. EdgegenError names a file that is not the array it should be."""
 
@@ -93,6 +112,14 @@ def restore(
             raise EdgegenError(f"fixture `{name}` cannot be read: {error}", hint="build the bundle again") from error
         return value
 
+    def with_planned(made: Reference) -> Reference:
+        found = {}
+        for name, calls in (planned or {}).items():
+            outputs = [{output: load(path) for output, path in call.items()} for call in calls]
+            pairs = zip(made.samples[name], outputs, strict=True)
+            found[name] = tuple(replace(sample, outputs=values) for sample, values in pairs)
+        return replace(made, planned=found, bounds=bounds or {})
+
     signatures = {name: Signature(io.inputs, io.outputs) for name, io in components.items()}
     if not fixtures:
         samples: dict[str, list[Sample]] = {name: [] for name in components}
@@ -100,7 +127,7 @@ def restore(
             inputs = {name: load(path) for name, path in call.inputs.items()}
             outputs = {name: load(path) for name, path in call.outputs.items()}
             samples[call.component].append(Sample(call.label, inputs, outputs))
-        return Reference(signatures, {name: tuple(found) for name, found in samples.items()})
+        return with_planned(Reference(signatures, {name: tuple(found) for name, found in samples.items()}))
     assert sampler is not None and latent is not None
     trajectories, pairs = [], []
     for fixture in fixtures:
@@ -110,7 +137,8 @@ def restore(
             predictions = tuple(load(name) for name in fixture.other.predictions)
             pairs.append(Pair(one, fixture.other.prompt, load(fixture.other.input_ids), predictions))
     kept = tuple(trajectories)
-    return Reference(signatures, samples_of(signatures, kept), kept, tuple(pairs), latent.scale, latent.shift)
+    made = Reference(signatures, samples_of(signatures, kept), kept, tuple(pairs), latent.scale, latent.shift)
+    return with_planned(made)
 
 
 def _paths(fixture: Fixture) -> tuple[str, ...]:

@@ -5,20 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from edgegen.bundle.manifest import Gates
+from edgegen.bundle.manifest import Gates, PlanBound
 from edgegen.errors import GateError
 from edgegen.lower.backend import Delegation
+from edgegen.precision.plan import PrecisionPlan
 from edgegen.verify.outcome import ComponentParity, FailedGate, Outcome, ParityReport, PictureParity, SensitivityStep
 
 
-def default_gates(*, require_full_delegation: bool = False) -> Gates:
-    """fp32 / fp16: SQNR >= 60 / 40 dB per component, picture PSNR >= 45 / 35 dB, sensitivity within 2 %."""
+def default_gates(plan: PrecisionPlan | None = None, *, require_full_delegation: bool = False) -> Gates:
+    """fp32 / fp16: SQNR >= 60 / 40 dB per component, picture PSNR >= 45 / 35 dB, sensitivity within 2 %.
+
+    With a plan: SQNR >= 35 dB against what the plan itself computes, PSNR and sensitivity against the student as the
+    plan was asked for, or 30 dB and 5 %.
+    """
+    asked = {} if plan is None else plan.budget
     return Gates(
-        sqnr_db={"fp32": 60.0, "fp16": 40.0},
-        picture_psnr_db={"fp32": 45.0, "fp16": 35.0},
-        sensitivity_tolerance=0.02,
+        sqnr_db={"fp32": 60.0, "fp16": 40.0, "plan": 35.0},
+        picture_psnr_db={"fp32": 45.0, "fp16": 35.0, "plan": asked.get("min_psnr", 30.0)},
+        sensitivity_tolerance=0.02 if plan is None else asked.get("max_conditioning", 0.05),
         require_full_delegation=require_full_delegation,
     )
+
+
+HALF_SLACK_DB = 6.0
+"""How much less than emulated float16 arithmetic predicts an artifact may have: a converter orders and fuses
+operations as it likes, and the prediction is made on fewer samples."""
+
+
+PLAN_SLACK_DB = 3.0
+"""Two roundings of the same plan, each as far from the exact one as the other."""
+PLAN_FLOAT_SLACK_DB = 1.0
+"""How much more than its plan an artifact may lose of the float student."""
+
+
+def required_of_plan(bound: PlanBound, threshold: float) -> float:
+    """dB that an artifact must reach against the fake-quant reference: `threshold`, or what that reference repeats of
+    itself where it is less."""
+    return min(threshold, bound.stability_db - PLAN_SLACK_DB)
 
 
 def meets(measured: float | None, required: float) -> bool:
@@ -59,11 +82,26 @@ def check(
         if part.outcome in (Outcome.LOWER_FAIL, Outcome.LOAD_FAIL, Outcome.RUN_FAIL):
             measured = f"{part.outcome}: {part.reason}"
             failed.append(FailedGate(gate="execution", subject=part.component, measured=measured, required="executes"))
-        elif part.outcome is not Outcome.NOT_EXECUTED and not meets(part.sqnr_db, sqnr):
-            measured = part.reason if part.sqnr_db is None and part.reason else decibels(part.sqnr_db)
+        elif part.outcome is not Outcome.NOT_EXECUTED:
+            least = sqnr if part.required_db is None else part.required_db
+            if not meets(part.sqnr_db, least):
+                measured = part.reason if part.sqnr_db is None and part.reason else decibels(part.sqnr_db)
+                required = f">= {round(least, 1):g} dB"
+                failed.append(FailedGate(gate="sqnr", subject=part.component, measured=measured, required=required))
+        if part.required_float_db is not None and not meets(part.float_db, part.required_float_db):
+            measured, required = decibels(part.float_db), f">= {part.required_float_db:.1f} dB, as its plan has"
             failed.append(
-                FailedGate(gate="sqnr", subject=part.component, measured=measured, required=f">= {sqnr:g} dB")
+                FailedGate(gate="sqnr_to_float", subject=part.component, measured=measured, required=required)
             )
+        if part.sqnr_db is not None and part.predicted_db is not None:
+            least = part.predicted_db - HALF_SLACK_DB
+            if not meets(part.sqnr_db, least):
+                required = f">= {least:.1f} dB, float16 predicts {part.predicted_db:.1f}"
+                failed.append(
+                    FailedGate(
+                        gate="float16", subject=part.component, measured=decibels(part.sqnr_db), required=required
+                    )
+                )
         if gates.require_full_delegation and not delegation_met(part.delegation):
             measured = describe_delegation(part.delegation)
             failed.append(

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from edgegen.bundle.manifest import Gates
-from edgegen.lower.backend import Delegation, Precision
+from edgegen.lower.backend import Delegation, HeldTo
 
 
 class Outcome(StrEnum):
@@ -47,6 +47,15 @@ class OutputParity(_Model):
     samples: int
 
 
+class AlsoMeasured(_Model):
+    """A comparison beside the one that the gate is about: `what` against what, worst case over the calls of one
+    picture; `sqnr_db` None where it could not be made, and `what` says why."""
+
+    what: str
+    sqnr_db: float | None
+    worst_at: str | None = None
+
+
 class ComponentParity(_Model):
     """One artifact against the reference component, both given the reference's own inputs."""
 
@@ -57,8 +66,17 @@ class ComponentParity(_Model):
     """Worst over outputs; None when nothing was measured."""
     outputs: tuple[OutputParity, ...] = ()
     delegation: Delegation | None = None
+    required_db: float | None = None
+    """What `sqnr_db` has to reach; None where it was not measured."""
+    float_db: float | None = None
+    """Under a plan: against the float student, while `sqnr_db` is against what the plan computes."""
+    required_float_db: float | None = None
+    predicted_db: float | None = None
+    """What float16 arithmetic, emulated on the lowered graph, leaves of the signal: an artifact that has less lost it
+    elsewhere. None at other precisions."""
+    also: tuple[AlsoMeasured, ...] = ()
     blame: str | None = None
-    """Where reference and artifact part ways, for a component that failed."""
+    """Where reference and artifact part ways, for a component that failed or that was asked about."""
 
 
 class PictureParity(_Model):
@@ -96,7 +114,7 @@ class SensitivityStep(_Model):
 class FailedGate(_Model):
     """One threshold that was not met."""
 
-    gate: Literal["execution", "sqnr", "picture_psnr", "sensitivity", "delegation"]
+    gate: Literal["execution", "sqnr", "sqnr_to_float", "float16", "picture_psnr", "sensitivity", "delegation"]
     subject: str
     measured: str
     required: str
@@ -106,7 +124,9 @@ class ParityReport(_Model):
     """One backend's artifacts against the reference student."""
 
     backend: str
-    precision: Precision
+    precision: HeldTo
+    executed_by: str | None = None
+    """Who executed the artifacts in place of the runtime that they are for; None for that runtime."""
     status: Literal["passed", "failed", "not_executed"]
     """`not_executed` whenever an artifact could not run here and nothing else failed."""
     components: tuple[ComponentParity, ...]

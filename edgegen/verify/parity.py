@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from edgegen.bundle.manifest import Gates
-from edgegen.lower.backend import Array, Backend, Delegation, Executable, Precision
+from edgegen.lower.backend import Array, Backend, Delegation, Executable, HeldTo
 from edgegen.students.sampler import SamplerStep
-from edgegen.verify.gates import check, default_gates, meets
+from edgegen.verify.gates import PLAN_FLOAT_SLACK_DB, check, default_gates, meets, required_of_plan
 from edgegen.verify.metrics import psnr_db, sensitivity, sqnr_db
 from edgegen.verify.outcome import (
     ComponentParity,
@@ -104,29 +104,36 @@ def compiled_run(reference: Reference, trajectory: Trajectory, executables: Mapp
 def verify(
     reference: Reference,
     executables: Mapping[str, Executable | Unavailable],
-    precision: Precision,
+    precision: HeldTo,
     gates: Gates | None = None,
     *,
     backend: str,
+    executed_by: str | None = None,
     delegations: Mapping[str, Delegation] | None = None,
+    predicted_db: Mapping[str, float] | None = None,
     blame: Callable[[str, float], str | None] | None = None,
     on_picture: Callable[[Trajectory, Picture], None] | None = None,
 ) -> ParityReport:
     """Hold one backend's artifacts against `reference`; never raises for what an artifact does wrong.
 
     A component missing from `executables` is LOWER_FAIL. `blame(component, sqnr gate)` is asked about each component
-    that fails; `on_picture` is given every picture that the compiled loop draws. `gates` defaults to `default_gates()`.
+    that fails; `executed_by` names who executes the artifacts in place of their runtime, `predicted_db` what float16
+    arithmetic alone leaves of each component's signal; `on_picture` is given every picture that the compiled loop
+    draws. `gates` defaults to `default_gates()`.
     """
     gates = gates or default_gates()
     threshold = gates.sqnr_db[precision]
-    delegations = delegations or {}
+    delegations, predicted_db = delegations or {}, predicted_db or {}
     parts = []
     for name in reference.signatures:
         missing = Unavailable(outcome=Outcome.LOWER_FAIL, reason="no artifact was made")
-        part = _component(reference, name, executables.get(name, missing), threshold)
+        bound = reference.bounds.get(name)
+        least = threshold if bound is None else required_of_plan(bound, threshold)
+        part = _component(reference, name, executables.get(name, missing), least)
         part = _with_delegation(part, delegations.get(name), gates.require_full_delegation)
+        part = part.model_copy(update={"predicted_db": predicted_db.get(name)})
         if blame is not None and part.outcome is Outcome.MISMATCH:
-            part = part.model_copy(update={"blame": blame(name, threshold)})
+            part = part.model_copy(update={"blame": blame(name, least)})
         parts.append(part)
     ready = {name: one for name, one in executables.items() if not isinstance(one, Unavailable)}
     pictures: list[PictureParity] = []
@@ -152,6 +159,7 @@ def verify(
     return ParityReport(
         backend=backend,
         precision=precision,
+        executed_by=executed_by,
         status="failed" if failed else "not_executed" if absent_here else "passed",
         components=tuple(parts),
         pictures=tuple(pictures),
@@ -167,9 +175,11 @@ def _component(
 ) -> ComponentParity:
     if isinstance(executable, Unavailable):
         return ComponentParity(component=name, outcome=executable.outcome, reason=executable.reason)
-    signature, samples = reference.signatures[name], reference.samples[name]
+    signature, samples = reference.signatures[name], reference.expected(name)
+    bound = reference.bounds.get(name)
     worst: dict[str, tuple[float, str]] = {}
-    for sample in samples:
+    to_float = math.inf
+    for sample, of_student in zip(samples, reference.samples[name], strict=True):
         try:
             out = call(executable, signature, sample.inputs)
         except ArtifactError as error:
@@ -179,13 +189,22 @@ def _component(
             value = sqnr_db(expected, out[output])
             if output not in worst or value < worst[output][0]:
                 worst[output] = (value, sample.label)
+            if bound is not None:
+                to_float = min(to_float, sqnr_db(of_student.outputs[output], out[output]))
     outputs = tuple(
         OutputParity(output=output, sqnr_db=value, worst_at=label, samples=len(samples))
         for output, (value, label) in worst.items()
     )
     lowest = min((one.sqnr_db for one in outputs), default=-math.inf)
-    outcome = Outcome.SUCCESS if meets(lowest, threshold) else Outcome.MISMATCH
-    return ComponentParity(component=name, outcome=outcome, sqnr_db=lowest, outputs=outputs)
+    met = meets(lowest, threshold)
+    found = ComponentParity(
+        component=name, outcome=Outcome.MISMATCH, sqnr_db=lowest, required_db=threshold, outputs=outputs
+    )
+    if bound is not None:
+        least = bound.float_db - PLAN_FLOAT_SLACK_DB
+        met = met and meets(to_float, least)
+        found = found.model_copy(update={"float_db": to_float, "required_float_db": least})
+    return found.model_copy(update={"outcome": Outcome.SUCCESS}) if met else found
 
 
 def _with_delegation(part: ComponentParity, delegation: Delegation | None, required: bool) -> ComponentParity:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgegen.bundle.manifest import PlanBound
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Array
 from edgegen.students.sampler import SamplerStep, moment
@@ -93,6 +94,15 @@ class Reference:
     pairs: tuple[Pair, ...] = ()
     latent_scale: float = 1.0
     latent_shift: float = 0.0
+    planned: Mapping[str, tuple[Sample, ...]] = field(default_factory=dict)
+    """Components that a plan compresses: `samples` with the outputs of the fake-quant reference, in the same order."""
+
+    bounds: Mapping[str, PlanBound] = field(default_factory=dict)
+    """Of those components."""
+
+    def expected(self, component: str) -> tuple[Sample, ...]:
+        """What an artifact of `component` is held to, call by call: its plan where it has one, else the student."""
+        return self.planned.get(component, self.samples[component])
 
     def one_picture(self) -> dict[str, tuple[Sample, ...]]:
         """The samples of the first trajectory alone: each component once, the denoiser once a step."""

@@ -1,29 +1,36 @@
 """Verification in a child process: a runtime that crashes on an artifact takes only itself down.
 
-The parent stores the reference as files; the child, which never imports torch, loads the artifacts, holds them
-against the reference, measures them and writes what it found. A child that dies becomes a RUN_FAIL for every
-component of its backend.
+The parent stores the reference as files; the child, which imports torch only where a runtime needs it, loads the
+artifacts, holds them against the reference, measures them and writes what it found. A child that dies becomes a
+RUN_FAIL for every component of its backend.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from edgegen.bundle.manifest import ComponentFixture, ComponentIO, Fixture, Gates, SamplerTable
+from edgegen.bundle.manifest import ComponentFixture, ComponentIO, Fixture, Gates, PlanBound, SamplerTable
 from edgegen.child import child_main, leave, run_child
 from edgegen.errors import EdgegenError
-from edgegen.lower.backend import Delegation, Precision, get_backend
+from edgegen.lower.backend import Delegation, HeldTo, get_backend
 from edgegen.lower.requirements import missing_modules
+from edgegen.lower.stand_in import Evaluated, Sums, executed_by
 from edgegen.profile.host import ProfileReport, profile
 from edgegen.students.config import LatentConfig
 from edgegen.verify.fixtures import restore
 from edgegen.verify.gates import check
 from edgegen.verify.outcome import ComponentParity, Outcome, ParityReport, Unavailable
 from edgegen.verify.parity import compiled_run, load_executables, verify
-from edgegen.verify.trajectory import Picture, Trajectory
+from edgegen.verify.second_opinion import with_second_opinions
+from edgegen.verify.trajectory import Picture, Reference, Trajectory
+
+PREDICTED = "float16_arithmetic_db"
+"""Key of an artifact's details."""
 
 
 class StoredReference(BaseModel):
@@ -37,6 +44,21 @@ class StoredReference(BaseModel):
     component_fixtures: tuple[ComponentFixture, ...] = ()
     sampler: SamplerTable | None = None
     latent: LatentConfig | None = None
+    planned: dict[str, tuple[dict[str, str], ...]] = {}
+    bounds: dict[str, PlanBound] = {}
+
+    def restored(self) -> Reference:
+        """The reference itself. EdgegenError names a file that is not the array it should be."""
+        return restore(
+            self.root,
+            self.components,
+            self.fixtures,
+            self.component_fixtures,
+            self.sampler,
+            self.latent,
+            self.planned,
+            self.bounds,
+        )
 
 
 class VerifyJob(BaseModel):
@@ -45,14 +67,27 @@ class VerifyJob(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     backend: str
-    precision: Precision
+    precision: HeldTo
     artifacts: dict[str, Path]
     delegations: dict[str, Delegation]
+    predicted_db: dict[str, float] = {}
+    """Component -> what float16 arithmetic, emulated on the graph that was lowered, leaves of its signal."""
+    accumulate: Sums = "fp32"
+    """"fp16": an evaluator's numbers with float16 sums are measured beside the ones that the gates are about."""
     reference: StoredReference
     gates: Gates
     pictures: Path
     """Folder for the pictures that the compiled loop draws: `<index of the trajectory>.png`."""
     measure: bool = True
+
+
+def predicted_db(details: Mapping[str, str]) -> float | None:
+    """What was predicted for an artifact when it was lowered, from its `details`; None where nothing was."""
+    try:
+        value = float(details.get(PREDICTED, "nan"))
+    except ValueError:  # a manifest may come from anywhere
+        return None
+    return value if math.isfinite(value) else None
 
 
 class Verified(BaseModel):
@@ -97,6 +132,7 @@ def _all_failed(job: VerifyJob, outcome: Outcome, reason: str) -> Verified:
     report = ParityReport(
         backend=job.backend,
         precision=job.precision,
+        executed_by=executed_by(get_backend(job.backend)) if outcome is not Outcome.NOT_EXECUTED else None,
         status="failed" if failed else "not_executed",
         components=parts,
         gates=job.gates,
@@ -110,9 +146,7 @@ def work(job: VerifyJob) -> Verified:
     from PIL import Image
 
     stored = job.reference
-    reference = restore(
-        stored.root, stored.components, stored.fixtures, stored.component_fixtures, stored.sampler, stored.latent
-    )
+    reference = stored.restored()
     backend = get_backend(job.backend)
     executables = load_executables(backend, job.artifacts, reference.signatures)
     job.pictures.mkdir(parents=True, exist_ok=True)
@@ -129,10 +163,14 @@ def work(job: VerifyJob) -> Verified:
         job.precision,
         job.gates,
         backend=job.backend,
+        executed_by=executed_by(backend),
         delegations=job.delegations,
+        # Who else rounds to float16 where is not known well enough to be held to a prediction.
+        predicted_db=job.predicted_db if isinstance(backend, Evaluated) else {},
         on_picture=keep,
     )
     running = {name: one for name, one in executables.items() if not isinstance(one, Unavailable)}
+    parity = with_second_opinions(parity, backend, job.artifacts, running, reference, job.accumulate)
     for one in running.values():
         one.close()
     measured = None

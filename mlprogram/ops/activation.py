@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -26,7 +27,10 @@ def elu(x: Tensor, alpha: float) -> Tensor:
 def gelu(x: Tensor, mode: Literal["EXACT", "TANH_APPROXIMATION", "SIGMOID_APPROXIMATION"] = "EXACT") -> Tensor:
     if mode == "SIGMOID_APPROXIMATION":
         return x * torch.sigmoid(1.702 * x)
-    return F.gelu(x, approximate="tanh" if mode == "TANH_APPROXIMATION" else "none")
+    if mode == "TANH_APPROXIMATION":
+        return F.gelu(x, approximate="tanh")
+    # Not torch's own, which makes not-a-number of infinity.
+    return 0.5 * x * (1.0 + torch.erf(x * math.sqrt(0.5)))
 
 
 @arithmetic("leaky_relu")

@@ -11,7 +11,7 @@ from mlprogram.blob import unpack
 from mlprogram.errors import ProgramError
 from mlprogram.kernel import arithmetic, exact
 from mlprogram.ops.layout import bounded
-from mlprogram.ops.quantization import along
+from mlprogram.ops.quantization import along, positive
 from mlprogram.tensor_type import BY_NAME
 
 Ints = tuple[int, ...]
@@ -20,13 +20,19 @@ _PALETTES = {2: "uint1", 4: "uint2", 16: "uint4", 64: "uint6", 256: "uint8"}
 
 @arithmetic("constexpr_affine_dequantize")
 def constexpr_affine_dequantize(quantized_data: Tensor, zero_point: Tensor, scale: Tensor, axis: int) -> Tensor:
+    positive(scale, or_zero=True)
     steps = quantized_data.float() - along(zero_point, quantized_data, axis).float()
     return steps * along(scale, quantized_data, axis)
 
 
 @exact("constexpr_blockwise_shift_scale")
 def constexpr_blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-    """Computed in the scale's type, as coremltools does: for integers the same as rounding once."""
+    """Computed in the scale's type, as coremltools does: for integers the same as rounding once.
+
+    Scales of other data than integers may have any sign: coremltools makes a product of tables and scales of it.
+    """
+    if not data.is_floating_point():
+        positive(scale, or_zero=True)
     steps = data.to(scale.dtype)
     if offset is not None:
         if offset.shape != scale.shape:

@@ -23,8 +23,7 @@ def quantize(
 ) -> Tensor:
     """clip(round(input / scale) + zero_point)"""
     low, high, dtype = _RANGES[output_dtype]
-    if not bool((scale > 0).all()):
-        raise ProgramError("a scale that is not positive")
+    positive(scale)
     steps = (input / along(scale, input, axis)).round()
     if zero_point is not None:
         if zero_point.dtype != dtype:
@@ -38,10 +37,18 @@ def quantize(
 @arithmetic("dequantize", alike=("input", "zero_point"))
 def dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None, axis: int | None = None) -> Tensor:
     """scale * (input - zero_point)"""
+    positive(scale)
     steps = input.float()
     if zero_point is not None:
         steps = steps - along(zero_point, input, axis).float()
     return steps * along(scale, input, axis)
+
+
+def positive(scale: Tensor, *, or_zero: bool = False) -> None:
+    """ProgramError for a scale that is negative or not a number: no quantizer writes it, and nothing says what a device
+    makes of it. A weight of zeros may have the scale 0."""
+    if not bool(((scale >= 0) if or_zero else (scale > 0)).all()):
+        raise ProgramError("a scale that is not positive")
 
 
 def along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:

@@ -88,6 +88,18 @@ def cumsum(x: Tensor, axis: int = 0, exclusive: bool = False, reverse: bool = Fa
     return sums.flip(axis) if reverse else sums
 
 
+@exact("read_state")
+def read_state(input: Tensor) -> Tensor:
+    """What a state holds now; a later write puts another value there and does not change this one."""
+    return input
+
+
+@exact("write_state", alike=("input", "data"))
+def write_state(input: Tensor, data: Tensor) -> Tensor:
+    """`data`, which becomes the state's value (coremltools' `coreml_update_state` is this, then `read_state`)."""
+    return data
+
+
 def _filled(shape: Ints, value: Tensor) -> Tensor:
     if any(one < 0 for one in shape):
         raise ProgramError(f"a tensor of shape {list(shape)}")

@@ -16,6 +16,7 @@ from PIL import Image
 import edgegen.bundle
 from edgegen.bundle.open import open_bundle
 from edgegen.cli.main import main
+from edgegen.lower.coreml_execute import EVALUATOR
 from edgegen.students.shapes.grammar import held_back
 from edgegen.students.shapes.judge import shows
 
@@ -273,13 +274,13 @@ def test_five_backends_agree_with_the_student(everything):
     assert manifest.backends == ("coreml", "coreai", "executorch", "onnx", "tflite")
     parity = json.loads((everything / "reports" / "parity.json").read_text())
     for name, report in parity.items():
-        expected = "not_executed" if name == "coreml" and sys.platform != "darwin" else "passed"
-        assert report["status"] == expected, (name, report["failed"])
+        assert report["status"] == "passed", (name, report["failed"])
     for one in manifest.artifacts:
         specs = manifest.components[one.component]
         assert specs.inputs and specs.outputs
-        assert one.executed == (one.backend != "coreml" or sys.platform == "darwin")
-        assert one.executed or "macOS" in one.not_executed_because
+        assert one.executed
+        evaluated = one.backend == "coreml" and sys.platform != "darwin"
+        assert one.executed_by == (EVALUATOR if evaluated else None)
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_extra_files_are_named_and_inside_a_package_refused(tiny_bundle):
         document["files"]["components/coreml/denoiser.mlpackage/Manifest.json"] = {"sha256": sha, "bytes": 2}
         one = next(a for a in document["artifacts"] if a["component"] == "denoiser")
         path = "components/coreml/denoiser.mlpackage"
-        document["artifacts"].append({**one, "backend": "coreml", "path": path})
+        document["artifacts"].append({**one, "backend": "coreml", "path": path, "bytes": 2})
 
     edit(tiny_bundle, add)
     assert open_bundle(tiny_bundle).backends() == ("onnx",), "coreml has one component of three"

@@ -19,6 +19,7 @@ from edgegen.bundle.open import open_bundle
 from edgegen.bundle.run import Runtime, choose_backend, generate
 from edgegen.bundle.write import write_bundle
 from edgegen.errors import EdgegenError, GateError, UsageError
+from edgegen.lower import requirements
 
 PROMPT = "a small red circle left of a large blue square"
 
@@ -134,16 +135,19 @@ def test_the_choice_of_backend(bundle):
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="Core ML is executed on macOS")
-def test_the_first_that_is_executable_here_is_taken_and_refusals_say_why(bundle):
-    """Artifacts that claim to be Core ML come first in the target's order; this host cannot execute them."""
+def test_a_runtime_that_is_here_goes_before_an_evaluator(bundle, monkeypatch):
+    """Artifacts that claim to be Core ML come first in the target's order; nothing but the evaluator executes them
+    here."""
     claimed = tuple(one.model_copy(update={"backend": "coreml"}) for one in bundle.manifest.artifacts)
     both = with_manifest(bundle, artifacts=(*claimed, *bundle.manifest.artifacts))
     assert both.backends() == ("coreml", "onnx")
     assert choose_backend(both) == "onnx"
-    with pytest.raises(UsageError, match="macOS"):
-        choose_backend(both, "coreml")
-    with pytest.raises(UsageError, match="cannot be executed here"):
+    assert choose_backend(both, "coreml") == "coreml"
+    assert choose_backend(with_manifest(bundle, artifacts=claimed)) == "coreml"
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None if name == "torch" else 1)
+    with pytest.raises(UsageError, match="cannot be executed here: `coreml`: not installed: `torch`") as caught:
         choose_backend(with_manifest(bundle, artifacts=claimed))
+    assert caught.value.hint == "pip install 'edgegen[coreml]'"
 
 
 def test_bundles_that_do_not_fit_together(bundle):

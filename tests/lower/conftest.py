@@ -1,5 +1,6 @@
 """The shipped student's components with inputs of its own trajectory, and the checks that every backend must pass."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,3 +152,12 @@ def lowering():
         state.setdefault(name, {})[rest] = value
     config = StudentConfig.model_validate_json((folder / "shapes.json").read_text())
     return Lowering(student.assemble(config, state, (folder / "tokenizer.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def every_op():
+    """A network with every kind of op that a plan may name."""
+    sys.path.insert(0, str(Path(__file__).parent))  # tests are imported by path: their neighbours have to be findable
+    from every_op import EveryOp
+
+    return EveryOp()

@@ -1,4 +1,4 @@
-"""The Core ML backend on the shapes student. Core ML runs on macOS only: structure, constants, names, bytes."""
+"""The Core ML backend on the shapes student: structure, constants, names, bytes, and numbers by the evaluator."""
 
 import json
 import os
@@ -17,9 +17,11 @@ from torch import nn
 from edgegen.errors import EdgegenError, UsageError
 from edgegen.graph.capture import capture
 from edgegen.graph.tensor_spec import TensorSpec
-from edgegen.lower.backend import LowerRequest
+from edgegen.lower.backend import BACKENDS, LowerRequest, get_backend
 from edgegen.lower.coreml import BACKEND
+from edgegen.lower.coreml_execute import EVALUATOR
 from edgegen.lower.mlpackage import operations, read_program, read_spec, signature, write_package
+from edgegen.lower.stand_in import executed_by
 from edgegen.lower.worker import lower_in_child
 
 COMPONENTS = ("text_encoder", "denoiser", "decoder")
@@ -281,11 +283,22 @@ def test_a_damaged_package_is_told(packages, tmp_path, damage):
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="Core ML executes there")
-def test_it_says_that_nothing_executes_here(lowering, packages):
-    part = lowering.parts["decoder"]
-    assert "macOS only" in BACKEND.not_executed_here()
-    with pytest.raises(EdgegenError, match="cannot be executed on this host: Core ML executes on macOS only"):
-        BACKEND.load(packages["decoder", "fp32"].path, part.inputs, part.outputs)
+@pytest.mark.parametrize(("precision", "floor"), [("fp32", 90), ("fp16", 40)])
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_where_core_ml_is_not_the_evaluator_executes_and_is_named(lowering, packages, name, precision, floor):
+    assert BACKEND.not_executed_here() is None
+    assert executed_by(BACKEND) == EVALUATOR and "not by Core ML" in EVALUATOR
+    lowering.check_parity(BACKEND, packages[name, precision].path, name, floor)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="Core ML executes there")
+def test_wrong_calls_and_foreign_specs_of_the_evaluator(lowering, packages):
+    lowering.check_wrong_calls(BACKEND, packages["denoiser", "fp32"].path)
+    lowering.check_foreign_specs(BACKEND, packages["decoder", "fp32"].path)
+
+
+def test_only_core_ml_has_a_stand_in():
+    assert {name for name in BACKENDS if executed_by(get_backend(name)) is not None} <= {"coreml"}
 
 
 def test_importing_the_backend_imports_no_converter():

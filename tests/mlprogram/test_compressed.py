@@ -20,6 +20,10 @@ def numbers(dtype, *shape):
     return R.integers(low, high, shape).astype(types.nptype_from_builtin(types.string_to_builtin(dtype)))
 
 
+def scales(dtype, *shape):
+    return np.abs(numbers(dtype, *shape)) + numbers(dtype, 1).dtype.type(0.01)
+
+
 def cases():
     """(name, deployment target, operation, its parameters)"""
     for dtype in ("int8", "uint8"):
@@ -29,7 +33,7 @@ def cases():
                 f"affine {dtype} {scale}",
                 "iOS16",
                 "constexpr_affine_dequantize",
-                {"quantized_data": numbers(dtype, 3, 4, 5), "zero_point": zero, "scale": numbers(scale, 4), "axis": -2},
+                {"quantized_data": numbers(dtype, 3, 4, 5), "zero_point": zero, "scale": scales(scale, 4), "axis": -2},
             )
     yield (
         "affine of one scale",
@@ -63,13 +67,13 @@ def cases():
         yield f"cast {target}", target, "constexpr_cast", {"source_val": numbers("fp16", 4, 5), "output_dtype": "fp32"}
     for dtype in ("int4", "uint4", "int8", "uint8", "fp16"):
         for scale in ("fp16", "fp32"):
-            data = {"data": numbers(dtype, 6, 8), "scale": numbers(scale, 3, 2), "offset": numbers(dtype, 3, 2)}
+            data = {"data": numbers(dtype, 6, 8), "scale": scales(scale, 3, 2), "offset": numbers(dtype, 3, 2)}
             yield f"blocks {dtype} {scale}", "iOS18", "constexpr_blockwise_shift_scale", data
     yield (
         "blocks without offset",
         "iOS18",
         "constexpr_blockwise_shift_scale",
-        {"data": numbers("int4", 6, 8), "scale": numbers("fp16", 6, 1)},
+        {"data": numbers("int4", 6, 8), "scale": scales("fp16", 6, 1)},
     )
     for bits in (1, 2, 3, 4, 6, 8):
         yield (
@@ -135,7 +139,7 @@ def test_sparse_and_then_quantized_or_looked_up(packages):
         places, values = mb.constexpr_sparse_blockwise_shift_scale(
             data_mask=mask,
             nonzero_data=numbers("int8", count),
-            scale=numbers("fp32", 2, 6),
+            scale=scales("fp32", 2, 6),
             offset=numbers("int8", 2, 6),
         )
         made["scaled"] = mb.constexpr_sparse_to_dense(nonzero_data=values, mask=places)

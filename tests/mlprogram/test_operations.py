@@ -739,7 +739,9 @@ def test_every_operation_is_tested():
     tested = {one.op for one in CASES.values()} | {one[1] for one in TORCH.values()}
     tested |= {"topk", "split", "non_zero", "fill", "range_1d", "dequantize", "identity", "reshape_like"}
     tested |= {"logical_and", "logical_or", "logical_xor", "logical_not"}
-    beside = {  # in test_networks.py and test_compressed.py
+    beside = {  # in test_networks.py, test_compressed.py and test_state.py
+        "read_state",
+        "write_state",
         "constexpr_affine_dequantize",
         "constexpr_blockwise_shift_scale",
         "constexpr_cast",

@@ -2,8 +2,10 @@
 
 import json
 import os
+import resource
 import shutil
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -74,6 +76,18 @@ def manifest(package, change):
 
 def model_entry(content):
     return content["itemInfoEntries"][content["rootModelIdentifier"]]
+
+
+def make_state(spec, _block):
+    """The input becomes a state of its own type."""
+    kind = spec.mlProgram.functions["main"].inputs[0].type
+    tensor = kind.tensorType.__class__.FromString(kind.tensorType.SerializeToString())
+    kind.stateType.wrappedType.tensorType.CopyFrom(tensor)
+
+
+def open_shape(spec):
+    kind = spec.mlProgram.functions["main"].inputs[0].type.stateType.wrappedType.tensorType
+    kind.dimensions[0].unknown.variadic = False
 
 
 def link_out(package, relative):
@@ -160,7 +174,7 @@ BROKEN = {
         "elements of fp32 were expected",
     ),
     "a constant of any size": (
-        lambda p: edit(p, lambda _, b: setattr(stored(b)[0].type.tensorType.dimensions[0].constant, "size", 1 << 33)),
+        lambda p: edit(p, lambda _, b: setattr(stored(b)[0].type.tensorType.dimensions[0].constant, "size", 1 << 31)),
         "GiB",
     ),
     "an empty constant of any size": (
@@ -224,7 +238,7 @@ BROKEN = {
         lambda p: edit(p, lambda _, b: setattr(operation(b, "gelu").outputs[0], "name", "x")),
         "`x` of `model.mlpackage` is defined twice",
     ),
-    "no output": (lambda p: edit(p, lambda _, b: operation(b, "gelu").ClearField("outputs")), "has no output"),
+    "no output": (lambda p: edit(p, lambda _, b: operation(b, "gelu").ClearField("outputs")), "has 0 outputs"),
     "an output that is not computed": (
         lambda p: edit(p, lambda _, b: b.outputs.append("w")),
         "`w` of .* is not computed",
@@ -239,11 +253,26 @@ BROKEN = {
         lambda p: edit(p, lambda spec, _: spec.description.input[0].type.imageType.SetInParent()),
         "is a imageType",
     ),
-    "a state": (
+    "a state that is read as a value": (lambda p: edit(p, make_state), "reads `x`, which is a state"),
+    "a state without a type": (
         lambda p: edit(
             p, lambda spec, _: spec.mlProgram.functions["main"].inputs[0].type.stateType.wrappedType.SetInParent()
         ),
-        "is a stateType",
+        "without a type",
+    ),
+    "a state of open shape": (
+        lambda p: edit(p, lambda spec, b: (make_state(spec, b), open_shape(spec))),
+        "state `x` is .* whose shape is not fixed",
+    ),
+    "a read of what is no state": (
+        lambda p: edit(
+            p,
+            lambda _, b: (
+                setattr(operation(b, "gelu"), "type", "read_state"),
+                operation(b, "read_state").inputs["input"].CopyFrom(operation(b, "read_state").inputs["x"]),
+            ),
+        ),
+        "which is no state",
     ),
     "no function": (lambda p: edit(p, lambda spec, _: spec.mlProgram.functions.clear()), "no function `main`"),
     "no block": (
@@ -266,6 +295,30 @@ def test_broken_package_is_refused_when_it_is_opened(package, what):
     change(package)
     with pytest.raises(ProgramError, match=message):
         Program.open(package)
+
+
+@pytest.mark.parametrize(
+    ("what", "hint"),
+    {
+        "no manifest": "folder itself",
+        "a model path up": "trust",
+        "a model that is a link out": "trust",
+        "a weight file up": "trust",
+        "a model that is cut off": "copy the package again",
+        "weights cut off": "copy the package again",
+        "data beyond the end": "copy the package again",
+        "no sentinel": "copy the package again",
+        "a neural network": 'convert_to="mlprogram"',
+        "a newer version": "minimum_deployment_target",
+        "a compiled model": "name the `.mlpackage`",
+        "an unknown operation": "Core ML itself",
+    }.items(),
+)
+def test_a_refusal_says_what_to_do(package, what, hint):
+    BROKEN[what][0](package)
+    with pytest.raises(ProgramError) as caught:
+        Program.open(package)
+    assert hint in caught.value.hint
 
 
 @pytest.mark.parametrize("kind", ["file", "nothing", "compiled"])
@@ -350,11 +403,15 @@ def test_a_function_of_several(packages):
 
 
 def attempt(package):
-    """Open and run: all that may come of it is a result or a `ProgramError`."""
+    """Open and run: all that may come of it is a result or a `ProgramError`, in seconds and with little memory."""
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         Program.open(package)(GIVEN)
     except ProgramError as error:
         assert str(error)
+    assert time.monotonic() - started < 30
+    # In KiB on Linux; nothing here is larger than some kilobytes, and a changed shape may claim more than it has.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10
 
 
 FUZZ = settings(

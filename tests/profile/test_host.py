@@ -81,6 +81,17 @@ def test_a_backend_that_cannot_run_here_has_no_numbers(tmp_path):
     assert not report.components and report.picture is None and not calls
 
 
+def test_what_something_else_than_the_runtime_executes_has_no_times(tmp_path):
+    calls = []
+    here = backend(calls)
+    names = ("evaluator_missing", "evaluator", "each_value", "nodes_of_values", "value_stem")
+    unused = dict.fromkeys(names, lambda *arguments: pytest.fail("asked for"))
+    stand_in = SimpleNamespace(**vars(here), executed_by=lambda: "an abacus, not by Core ML", **unused)
+    report = profile(stand_in, {"model": tmp_path}, SIGNATURES, SAMPLES)
+    assert "executed here by an abacus, not by Core ML" in report.not_measured_because
+    assert not report.components and report.picture is None and not calls
+
+
 def test_an_artifact_that_does_not_load_is_an_error_with_the_reason(tmp_path):
     with pytest.raises(EdgegenError, match="profiling `sleeper` failed: ValueError: bad magic"):
         profile(backend([], fail=ValueError("bad magic")), {"model": tmp_path}, SIGNATURES, SAMPLES)

@@ -12,9 +12,11 @@ from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Delegation
 from edgegen.profile.host import ComponentProfile, Host, ProfileReport, Timing
 from edgegen.report.html import human_ms, human_size, render, verdict
+from edgegen.report.summary import summarise, summary_table
 from edgegen.students.sampler import SamplerConfig
 from edgegen.verify.gates import check, default_gates
 from edgegen.verify.outcome import (
+    AlsoMeasured,
     ComponentParity,
     Outcome,
     OutputParity,
@@ -334,3 +336,22 @@ def test_not_finite_numbers_are_words():
 def test_sizes_and_times_read_well():
     assert [human_size(n) for n in (870, 12_400, 8_300_000, 1_200_000_000)] == ["870 B", "12.4 kB", "8.3 MB", "1.2 GB"]
     assert [human_ms(t) for t in (0.512, 12.34, 123.4, 1234.0)] == ["0.51 ms", "12.3 ms", "123 ms", "1.23 s"]
+
+
+def test_who_executed_in_place_of_the_runtime_is_said_wherever_a_number_stands():
+    evaluator = "an abacus, not by Core ML"
+    also = AlsoMeasured(what="with sums kept in float16", sqnr_db=51.25)
+    stood_in = report("coreml", 61.0, 55.0).model_copy(update={"executed_by": evaluator})
+    parts = tuple(one.model_copy(update={"predicted_db": 58.5, "also": (also,)}) for one in stood_in.components)
+    stood_in = stood_in.model_copy(update={"components": parts})
+    rows = [(p, picture(0), {"coreml": picture(1)}) for p in PROMPTS]
+    html = page({"coreml": stood_in}, profile={}, pictures=rows)
+    line = verdict(manifest(), {"coreml": stood_in})
+    assert line.tone == "ok" and f"Executed here: coreml by {evaluator}." in line.detail
+    assert html.count(evaluator) == 3 + len(PROMPTS)  # the verdict, the table, what was done differently, pictures
+    assert "float16 predicts 58.5 dB" in html and "with sums kept in float16: 51.2 dB" in html
+    said = summary_table(manifest(), [stood_in])
+    assert f"coreml was executed by {evaluator}; no latency was measured" in said
+    assert "coreml denoiser: with sums kept in float16: 51.2 dB" in said
+    assert summarise(manifest(), stood_in)["executed_by"] == evaluator
+    assert summarise(manifest(), report("onnx"))["executed_by"] is None

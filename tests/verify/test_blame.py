@@ -1,4 +1,5 @@
 import copy
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ from edgegen.graph.capture import capture
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import get_backend
 from edgegen.students.student import Component
-from edgegen.verify.blame import blame, first_divergence, node_values
+from edgegen.verify.blame import CLOSED, _where_finite, blame, first_divergence, node_values
 from edgegen.verify.trajectory import Sample
 
 
@@ -95,6 +96,40 @@ def test_shapes_that_differ_are_left_out(program):
 def test_a_backend_that_is_closed_is_said_to_be_closed(program, tmp_path):
     text = blame(SimpleNamespace(name="sealed"), "chain", tmp_path, program, ["x"], [Sample("s", {"x": X}, {})], 60)
     assert text.startswith("`chain`: sealed does not let us look inside")
+
+
+@pytest.mark.parametrize("name", ["executorch", "coreai"])
+def test_real_backends_that_are_closed_say_why(program, tmp_path, name):
+    backend = get_backend(name)
+    text = blame(backend, "chain", tmp_path, program, ["x"], [Sample("s", {"x": X}, {})], 60)
+    assert text.startswith(f"`chain`: {name} does not let us look inside its artifacts ({CLOSED[name]})")
+
+
+def test_values_that_are_no_nodes_of_the_graph_are_not_taken_for_agreement(program, tmp_path):
+    """TFLite shows its tensors, under names and in a layout of its own."""
+    backend = SimpleNamespace(name="tflite", intermediate_values=lambda path, inputs: {"Chain/first;1": X, "a": X})
+    text = blame(backend, "chain", tmp_path, program, ["x"], [Sample("s", {"x": X}, {})], 60)
+    assert "none of the 2 values inside can be told to be a node of the graph" in text and "channels last" in text
+
+
+def test_without_a_model_values_are_written_and_nothing_is_claimed(tmp_path):
+    backend = SimpleNamespace(name="glass", intermediate_values=lambda path, inputs: {"../../evil": X})
+    text = blame(backend, "chain", tmp_path, None, ["x"], [Sample("s", {"x": X}, {})], 60, dump=tmp_path / "dump")
+    assert text == "`chain`: glass artifacts are held against the student, which takes `--model MODEL`"
+    index = json.loads((tmp_path / "dump" / "index.json").read_text())
+    assert index["compared_with"] is None
+    assert [(one["name"], one["file"]) for one in index["values"]] == [("../../evil", "00000.npy")]
+    assert sorted(path.name for path in (tmp_path / "dump").iterdir()) == ["00000.npy", "index.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["dump"]
+
+
+def test_a_mask_of_minus_infinity_is_no_error(program):
+    """float16 may hold it as a very negative number; a number where the reference has none is one."""
+    masked = np.array([0.5, -np.inf], np.float32)
+    assert _where_finite(masked, masked) == np.inf
+    assert _where_finite(masked, np.array([0.5, -6e4], np.float32)) == np.inf
+    assert _where_finite(masked, np.array([0.5, 1.0], np.float32)) == -np.inf
+    assert _where_finite(np.array([0.5, np.nan], np.float32), masked) == -np.inf
 
 
 def test_blame_that_fails_says_so_and_does_not_raise(program, tmp_path):

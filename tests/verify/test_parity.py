@@ -8,8 +8,9 @@ from torch_executable import Prepared, TorchExecutable, torch_executables
 from edgegen.errors import GateError
 from edgegen.lower.backend import Delegation
 from edgegen.verify.gates import check, default_gates, require
-from edgegen.verify.outcome import Outcome, ParityReport, SensitivityStep, Unavailable
+from edgegen.verify.outcome import ComponentParity, Outcome, ParityReport, SensitivityStep, Unavailable
 from edgegen.verify.parity import compiled_run, load_executables, verify
+from edgegen.verify.worker import PREDICTED, predicted_db
 
 
 def judge(reference, executables, precision="fp32", **options):
@@ -332,3 +333,21 @@ def test_load_executables_types_what_goes_wrong(tmp_path, shapes_reference):
     elsewhere = SimpleNamespace(not_executed_here=lambda: "macOS only", load=load)
     found = load_executables(elsewhere, {"decoder": tmp_path / "decoder.bin"}, shapes_reference.signatures)
     assert found["decoder"].outcome is Outcome.NOT_EXECUTED
+
+
+@pytest.mark.parametrize(("measured", "failed"), [(60.0, False), (54.1, False), (53.9, True), (-math.inf, True)])
+def test_float16_is_held_to_what_its_arithmetic_predicts(measured, failed):
+    """Far above the gate of 40 dB, and yet a converter that loses more than float16 explains has lost it elsewhere."""
+    part = ComponentParity(component="decoder", outcome=Outcome.SUCCESS, sqnr_db=measured, predicted_db=60.0)
+    gates = [gate for gate in check(default_gates(), "fp16", [part]) if gate.gate == "float16"]
+    assert bool(gates) == failed
+    if failed:
+        assert gates[0].subject == "decoder" and "float16 predicts 60.0" in gates[0].required
+    unknown = part.model_copy(update={"predicted_db": None})
+    assert not [gate for gate in check(default_gates(), "fp16", [unknown]) if gate.gate == "float16"]
+
+
+@pytest.mark.parametrize(("text", "expected"), [("57.31", 57.31), ("nan", None), ("inf", None), ("<b>", None)])
+def test_a_prediction_is_read_from_an_artifact_whatever_it_says(text, expected):
+    assert predicted_db({PREDICTED: text}) == expected
+    assert predicted_db({}) is None

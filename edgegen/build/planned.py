@@ -1,0 +1,100 @@
+"""What a precision plan changes in a build: repaired tensors, the reference that artifacts are held to, the sampler."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgegen.build.graphs import Graphs
+from edgegen.build.recipe import Recipe
+from edgegen.bundle.manifest import PlanBound, PlanRecord, SamplerTable
+from edgegen.precision.file import write_plan
+from edgegen.precision.plan import PrecisionPlan
+from edgegen.precision.reference import fake_quant_reference
+from edgegen.precision.repair.tensors import Tensors, apply, load
+from edgegen.rewrite.pipeline import Pipeline
+from edgegen.rewrite.registry import parse
+from edgegen.students.student import Student
+from edgegen.verify.metrics import sqnr_db
+from edgegen.verify.trajectory import Reference, Sample
+
+PLAN, TENSORS = "plan.toml", "plan.safetensors"
+
+
+@dataclass(frozen=True)
+class Realised:
+    """One recipe's plan, opened: `repaired` holds what repairs changed in each component."""
+
+    plan: PrecisionPlan
+    file: Path | None
+    repaired: Mapping[str, Tensors]
+
+    def files(self, work: Path) -> dict[str, Path]:
+        """What the bundle carries of it: name -> file, the plan written to `work`."""
+        write_plan(work / PLAN, self.plan)
+        return {PLAN: work / PLAN, **({TENSORS: self.file} if self.file is not None else {})}
+
+    def record(self, truth: Reference) -> PlanRecord:
+        """What the manifest says of it."""
+        return PlanRecord(
+            path=PLAN,
+            tensors=None if self.file is None else TENSORS,
+            predicted=dict(self.plan.predicted),
+            bounds=dict(truth.bounds),
+        )
+
+    def compressed(self, component: str) -> dict[str, int]:
+        """Precision -> ops of one component."""
+        part = self.plan.components.get(component)
+        return {} if part is None else dict(sorted(Counter(op.precision for op in part.ops.values()).items()))
+
+    def sampler(self, table: SamplerTable) -> SamplerTable:
+        """The schedule with the factors that were learned on the quantized student (Q-Sched)."""
+        tables = {}
+        for steps, rows in table.tables.items():
+            factors = self.plan.sampler.get(steps, ((1.0, 1.0),) * len(rows))
+            tables[steps] = tuple(
+                row.model_copy(update={"sample": row.sample * a, "prediction": row.prediction * b})
+                for row, (a, b) in zip(rows, factors, strict=True)
+            )
+        return table.model_copy(update={"tables": tables})
+
+
+def realise(recipe: Recipe) -> Realised | None:
+    """The plan of `recipe` with its tensors read; EdgegenError when they are not those of the plan."""
+    if recipe.plan is None:
+        return None
+    by_component: dict[str, Tensors] = {}
+    if recipe.repaired is not None and recipe.plan.tensors_sha256 is not None:
+        for name, tensor in load(recipe.repaired, recipe.plan.tensors_sha256).items():
+            component, _, rest = name.partition("/")
+            by_component.setdefault(component, {})[rest] = tensor
+    return Realised(recipe.plan, recipe.repaired, by_component)
+
+
+def with_plan(truth: Reference, realised: Realised, student: Student, recipe: Recipe, graphs: Graphs) -> Reference:
+    """`truth` with what the plan itself computes on the same inputs: artifacts are held to that."""
+    programs = {
+        name: apply(
+            graphs.canonical(part, Pipeline(parse(", ".join(recipe.canonical[name])))).program,
+            realised.repaired.get(name, {}),
+        )
+        for name, part in student.components.items()
+    }
+    plans = {name: part for name, part in realised.plan.components.items() if part.compressed}
+    samples = {name: truth.samples[name] for name in plans}
+    planned = fake_quant_reference(programs, plans, samples)
+    moved = fake_quant_reference(programs, plans, samples, moved=True)
+    bounds = {
+        name: PlanBound(stability_db=_worst(planned[name], moved[name]), float_db=_worst(samples[name], planned[name]))
+        for name in plans
+    }
+    return replace(truth, planned=planned, bounds=bounds)
+
+
+def _worst(expected: Sequence[Sample], found: Sequence[Sample]) -> float:
+    """dB, over every output of every call; 200 where all are equal, which JSON has a number for."""
+    pairs = [(a.outputs[name], b.outputs[name]) for a, b in zip(expected, found, strict=True) for name in a.outputs]
+    return min(200.0, min(sqnr_db(a, b) for a, b in pairs))

@@ -1,0 +1,169 @@
+"""`edgegen plan`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgegen.cli.console import Output, clean, reporting
+
+if TYPE_CHECKING:
+    from edgegen.precision.options import Planned
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_NUMBER = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([a-zA-Z%]{0,3})")
+SHOWN_POINTS = 6
+
+
+def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Comma-separated names; click.BadParameter for an empty one."""
+    if value is None:
+        return None
+    names = tuple(name.strip() for name in value.split(","))
+    if not all(names):
+        raise click.BadParameter("an empty name between commas")
+    return tuple(dict.fromkeys(names))
+
+
+def _amount(value: str, wanted: str) -> tuple[float, str]:
+    match = _NUMBER.fullmatch(value.strip())
+    if match is None or float(match[1]) == 0:
+        raise click.BadParameter(f"`{value}` is not {wanted}")
+    return float(match[1]), match[2].lower()
+
+
+def _latency(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, Any]:
+    """`0.45`, `45%` or `0.45x` of fp32's; `20ms`."""
+    if value is None:
+        return {}
+    wanted = "a share of fp32's latency as `0.45` or `45%`, or milliseconds as `20ms`"
+    number, unit = _amount(value, wanted)
+    if unit == "ms":
+        return {"max_latency_ms": number}
+    if unit not in ("", "x", "%"):
+        raise click.BadParameter(f"`{value}` is not {wanted}")
+    return {"max_latency": number / 100 if unit == "%" else number}
+
+
+def _size(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, Any]:
+    """`30%` or `0.3x` of fp32's; `3.2MB`."""
+    if value is None:
+        return {}
+    wanted = "bytes as `3200000` or `3.2MB`, or a share of fp32's as `30%`"
+    number, unit = _amount(value, wanted)
+    if unit in ("x", "%"):
+        return {"max_size_ratio": number / 100 if unit == "%" else number}
+    if unit not in _UNITS:
+        raise click.BadParameter(f"`{value}` is not {wanted}")
+    return {"max_size": int(number * _UNITS[unit])}
+
+
+@click.command("plan")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--target", required=True, metavar="NAME", help="Device to plan for.")
+@click.option(
+    "--backend", "backends", callback=_names, metavar="NAME[,NAME]|all", help="Default: what the target prefers."
+)
+@click.option(
+    "--output", "-o", "destination", type=click.Path(path_type=Path, dir_okay=False), help="Plan file: .toml or .json."
+)
+@click.option(
+    "--precision-set",
+    "precisions",
+    callback=_names,
+    metavar="LIST",
+    help="What may be used beside the float: `w8a8,w8`. Default: all that the target executes.",
+)
+@click.option("--precision", type=click.Choice(["fp32", "fp16"]), help="Of what stays float. Default: the target's.")
+@click.option("--steps", type=click.IntRange(min=1), help="Sampling steps whose picture is judged.")
+@click.option(
+    "--max-latency", callback=_latency, metavar="SHARE|MS", help="`0.45` of fp32's, or `20ms`; both are estimates."
+)
+@click.option("--max-size", callback=_size, metavar="BYTES|SHARE", help="Of all weights: `3.2MB`, or `30%` of fp32's.")
+@click.option("--min-psnr", type=click.FloatRange(0, 150), help="dB of the picture against the float student's.")
+@click.option(
+    "--max-conditioning", type=click.FloatRange(0, 1), help="By what share a prompt may move the picture more or less."
+)
+@click.option(
+    "--min-alignment", type=click.FloatRange(0, 1), help="Share of prompts drawn right; of the `shapes` student alone."
+)
+@click.option(
+    "--minimise", "aim", type=click.Choice(["latency", "size", "loss"]), help="Default: latency, or loss under a cap."
+)
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), metavar="FILE", help="Prompts, one a line. Default: what ships."
+)
+@reporting
+def command(
+    model: Path,
+    target: str,
+    backends: tuple[str, ...] | None,
+    destination: Path | None,
+    max_latency: dict[str, Any],
+    max_size: dict[str, Any],
+    output: Output,
+    **asked: Any,
+) -> None:
+    """Choose the precision of every op of MODEL for a device, within a budget of time, bytes and quality.
+
+    The plan is a text file: change a line, and `edgegen build --plan FILE` builds what it then says. Latencies are
+    estimates from the target's tables; the picture's decibels are measured in torch.
+    """
+    from edgegen.build.recipe import chosen_backends
+    from edgegen.cache import Cache
+    from edgegen.precision.file import write_plan
+    from edgegen.precision.options import PlanOptions
+    from edgegen.precision.planner import make_plan
+    from edgegen.students.load import load
+    from edgegen.targets import load_target
+
+    device = load_target(target)
+    names = chosen_backends(device, backends)
+    student = load(model)
+    options = PlanOptions(**asked, **max_latency, **max_size)
+    path = destination or Path(f"{student.config.name}-{device.name}.plan.toml")
+    with output.progress() as progress:
+        planned = make_plan(student, device, names, options, Cache(None), progress)
+        write_plan(path, planned.plan, planned.notes)
+    output.report({"path": str(path), **planned.summary()}, lambda: clean(_text(planned, path)))
+
+
+def _text(planned: Planned, path: Path) -> str:
+    plan = planned.plan
+    used = sorted({precision for counts in planned.counts().values() for precision in counts})
+    lines = [f"{plan.student} for {plan.target} with {', '.join(plan.backends)}", ""]
+    lines.append(f"  {'ops in':<16}" + "".join(f"{name:>14}" for name in used))
+    for name, counts in planned.counts().items():
+        lines.append(f"  {name:<16}" + "".join(f"{counts.get(one, 0):>14}" for one in used))
+    lines.append("")
+    said = plan.predicted
+    lines.append(
+        f"  picture     {said['picture_psnr_db']:.1f} dB measured in torch, "
+        f"{said['picture_psnr_db_estimated']:.1f} dB estimated"
+    )
+    lines.append(f"  prompts     move the picture by {said['conditioning_change']:.1%} more or less than in float")
+    if "alignment" in said:
+        lines.append(f"  alignment   {said['alignment']:.1%}")
+    lines.append(f"  bytes       {said['bytes']:,.0f}, {said['bytes_ratio']:.3f} of fp32")
+    for name in plan.backends:
+        milliseconds = said.get(f"latency_ms_estimated.{name}")
+        more = "" if milliseconds is None else f", {milliseconds:.3g} ms"
+        lines.append(
+            f"  latency     {said[f'latency_ratio_estimated.{name}']:.3f} of fp32{more} with {name} (estimated)"
+        )
+    if planned.rank_correlation is not None:
+        lines.append(
+            f"  sensitivity rank correlation {planned.rank_correlation:.3f} of the estimate with "
+            f"{planned.confirmed} ops measured alone"
+        )
+    if len(plan.front) > 1:
+        lines += ["", f"  {'latency':>10} {'bytes':>14} {'picture':>10}   of other plans (estimated)"]
+        step = max(1, (len(plan.front) + SHOWN_POINTS - 1) // SHOWN_POINTS)
+        lines += [
+            f"  {point.latency_ratio:>10.3f} {point.bytes:>14,} {point.picture_psnr_db:>7.1f} dB"
+            for point in plan.front[::step]
+        ]
+    return "\n".join([*lines, "", str(path)])

@@ -1,0 +1,154 @@
+"""Plans, made and read: the two doors between this folder and the rest of the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch.export import ExportedProgram
+
+from edgegen.cache import Cache
+from edgegen.errors import UsageError
+from edgegen.precision.canonical import canonical_programs
+from edgegen.precision.cost import places, refusal
+from edgegen.precision.file import PlanFileError, bad_ranges, load_plan, nearest
+from edgegen.precision.options import Planned, PlanOptions, Progress
+from edgegen.precision.plan import COMPRESSED, ComponentPlan, OpPlan, PrecisionPlan
+from edgegen.precision.simulate import Network
+from edgegen.precision.sites import Site, sites
+from edgegen.precision.stages import Stages
+from edgegen.students.student import Student
+from edgegen.targets import Target
+from edgegen.targets.model import Place
+
+
+def make_plan(
+    student: Student,
+    target: Target,
+    backends: Sequence[str],
+    options: PlanOptions,
+    cache: Cache,
+    progress: Progress,
+    programs: Mapping[str, ExportedProgram] | None = None,
+) -> Planned:
+    """The plan of `student` for `target` that all of `backends` execute natively. `programs`: as `canonical_programs`
+    gives them.
+
+    UsageError for what cannot be asked of this student or target, GateError for a budget that no plan keeps to.
+    """
+    _check(student, target, backends, options)
+    progress.stage("capture, canonical passes", 1)
+    made = programs if programs is not None else canonical_programs(student)
+    networks = {name: Network(name, program, sites(program)) for name, program in made.items()}
+    progress.advance()
+    return Stages(student, target, tuple(backends), options, cache, progress, networks).make()
+
+
+def _check(student: Student, target: Target, backends: Sequence[str], options: PlanOptions) -> None:
+    for name in backends:
+        if name not in target.backends:
+            usable = ", ".join(f"`{known}`" for known in target.backends)
+            raise UsageError(f"target `{target.name}` does not run `{name}`", hint=f"this target runs {usable}")
+    known = ("fp32", "fp16", *COMPRESSED)
+    for precision in options.precisions or ():
+        if precision not in known:
+            raise UsageError(f"precision `{precision}` is unknown", hint=f"choose from {', '.join(known)}")
+        without = [name for name in backends if precision not in target.backend(name).precisions]
+        if without:
+            offered = ", ".join(target.backend(without[0]).precisions)
+            raise UsageError(
+                f"target `{target.name}` does not execute {precision} with `{without[0]}`", hint=f"it has {offered}"
+            )
+    if options.min_alignment is not None and student.config.name != "shapes":
+        raise UsageError(
+            f"the alignment of student `{student.config.name}` cannot be judged: only pictures of `shapes` can",
+            hint="ask for `--min-psnr` instead",
+        )
+
+
+def read_plan(
+    path: Path, student: Student, target: Target, programs: Mapping[str, ExportedProgram] | None = None
+) -> PrecisionPlan:
+    """The plan in the file at `path`, which must be one for `student` on `target`; `programs` as for `make_plan`.
+
+    PlanFileError, with a line for each thing that is wrong: made for another student or target, a component or op that
+    the student does not have (with the nearest), an op of another kind, a precision that a runtime of the plan does not
+    execute there (with the target file's reason).
+    """
+    plan = load_plan(path)
+    check_plan(plan, student, target, programs, where=f"{path}:")
+    return plan
+
+
+def check_plan(
+    plan: PrecisionPlan,
+    student: Student,
+    target: Target,
+    programs: Mapping[str, ExportedProgram] | None = None,
+    where: str = "",
+) -> None:
+    """As `read_plan` does of a plan that is at hand."""
+    if plan.student_sha256 != student.fingerprint:
+        named = f"`{plan.student}` ({plan.student_sha256[:12]})"
+        raise PlanFileError(
+            [f"{where}student_sha256: the plan was made for {named}, not for {student.fingerprint[:12]}"],
+            hint="plans are of one checkpoint: `edgegen plan` makes one for this model",
+        )
+    if plan.target != target.name:
+        raise PlanFileError(
+            [f"{where}target: the plan was made for target `{plan.target}`, not for `{target.name}`"],
+            hint=f"`--target {plan.target}`, or make a plan for `{target.name}`",
+        )
+    stray = [name for name in plan.backends if name not in target.backends]
+    if stray:
+        raise PlanFileError([f"{where}backends: target `{target.name}` does not run `{stray[0]}`"])
+    problems = []
+    made = programs if programs is not None else canonical_programs(student)
+    for name, part in plan.components.items():
+        if name not in made:
+            problems.append(f"{where}components.{name}: the student has no such component{nearest(name, made)}")
+            continue
+        known = sites(made[name])
+        at = places(made[name], known)
+        problems += [
+            f"{where}components.{name}.{line}" for line in _component_problems(part, known, at, plan.backends, target)
+        ]
+    if problems:
+        raise PlanFileError(problems, hint="change those lines, or make the plan again")
+
+
+def _component_problems(
+    part: ComponentPlan,
+    known: Mapping[str, Site],
+    at: Mapping[str, tuple[Place, ...]],
+    backends: Sequence[str],
+    target: Target,
+) -> list[str]:
+    runtimes = [target.backend(name) for name in backends]
+    problems = [
+        f"float_precision: `{on.name}` does not execute {part.float_precision} here"
+        for on in runtimes
+        if part.float_precision not in on.precisions
+    ]
+    for key, op in part.ops.items():
+        where = f"ops.{key}"
+        if key not in known:
+            problems.append(f"{where}: the student has no such op{nearest(key, known)}")
+        elif op.op != known[key].kind:
+            problems.append(f"{where}.op: it is a {known[key].kind}, not a {op.op}")
+        else:
+            reasons = [refusal(op.op, op.precision, at[key], on) for on in runtimes]
+            problems += [f"{where}.precision: {op.precision} is refused: {one}" for one in reasons if one]
+            problems += [f"{where}.{one}: is not finite" for one in bad_ranges(op)]
+            problems += _group_problems(where, op, known[key])
+    return problems
+
+
+def _group_problems(where: str, op: OpPlan, site: Site) -> list[str]:
+    if not op.group or op.precision not in COMPRESSED:
+        return []
+    which = "output" if op.form == "palette" else "input"
+    channels = site.shape[site.axis] if op.form == "palette" else site.shape[1 - site.axis]
+    if channels % op.group:
+        return [f"{where}.group: groups of {op.group} do not divide {channels} {which} channels"]
+    return []

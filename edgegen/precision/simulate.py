@@ -1,0 +1,222 @@
+"""A student drawn through its graphs with some ops computed in other precisions: what sensitivity is measured on.
+
+Nothing is rewritten here: the calls that an op's precision changes are computed by `Changed` while a graph is
+interpreted. It says what `edgegen.precision.quantize` says, at the cost of the float graph, for one op or for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Interpreter, Node
+
+from edgegen.graph.capture import signature
+from edgegen.graph.edit import user_inputs, weights
+from edgegen.precision.encode import activation_qparams, encode_weight
+from edgegen.precision.plan import OpPlan, Range
+from edgegen.precision.sites import Site
+from edgegen.students.sample import decoder_input, initial_noise, sampler_table
+from edgegen.students.sampler import SamplerStep, moment
+from edgegen.students.student import Student
+
+LOW, HIGH = -128, 127
+EPSILON = 2.0**-23
+"""The least scale of a tensor whose range is taken when it is computed, as in `edgegen.precision.quantize`."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """One op in another precision: the value of its call, given the arguments that the float op has."""
+
+    op: OpPlan
+    weight: Tensor | None
+    """What is left of the weight after compression; None for a matmul."""
+
+    def __call__(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        assert callable(node.target)
+        given = list(args)
+        if self.weight is not None:
+            given[1] = self.weight
+        if self.op.precision == "w8a8":
+            assert self.op.input is not None and self.op.output is not None
+            given[0] = fake_quantized(given[0], self.op.input)
+            if self.op.op == "matmul":
+                assert self.op.other is not None
+                given[1] = fake_quantized(given[1], self.op.other)
+            made: Tensor = node.target(*given, **kwargs)
+            return fake_quantized(made, self.op.output)
+        if self.op.precision == "w8a8-dynamic":
+            given[0] = _dynamic(given[0], by_row=self.op.op == "linear")
+            if self.op.op == "matmul":
+                given[1] = _dynamic(given[1], by_row=False)
+        result: Tensor = node.target(*given, **kwargs)
+        return result
+
+
+def fake_quantized(x: Tensor, range: Range) -> Tensor:
+    """`x` through the int8 codes of `range` and back."""
+    scale, zero_point = activation_qparams(range)
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, LOW, HIGH)
+
+
+def _dynamic(x: Tensor, by_row: bool) -> Tensor:
+    """`x` through int8 codes of its own range, that of each row along the last axis or of the whole."""
+    low = (x.amin(-1, keepdim=True) if by_row else x.amin()).clamp(max=0.0)
+    high = (x.amax(-1, keepdim=True) if by_row else x.amax()).clamp(min=0.0)
+    scale = ((high - low) / 255.0).clamp(min=EPSILON)
+    zero_point = (LOW - low / scale).round()
+    return ((x / scale + zero_point).round().clamp(LOW, HIGH) - zero_point) * scale
+
+
+Observe = Callable[[Node, tuple[Any, ...], dict[str, Any], Tensor], Tensor]
+"""(call, its arguments, their keywords, its value) -> the value to go on with."""
+
+
+class _Run(Interpreter):
+    def __init__(self, program: ExportedProgram, changed: Mapping[str, Changed], observe: Observe | None) -> None:
+        super().__init__(program.graph_module, garbage_collect_values=True)
+        self._changed = changed
+        self._observe = observe
+
+    def run_node(self, node: Node) -> Any:
+        if node.op != "call_function":
+            return super().run_node(node)
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        change = self._changed.get(node.name)
+        value = self.call_function(node.target, args, kwargs) if change is None else change(node, args, kwargs)
+        return value if self._observe is None else self._observe(node, args, kwargs, value)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One component's graph and its sites; `changed` makes, and keeps, what a precision makes of an op."""
+
+    name: str
+    program: ExportedProgram
+    sites: Mapping[str, Site]
+    _weights: dict[str, Tensor] = field(default_factory=dict)
+    _encoded: dict[tuple[str, str, str, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(spec.name for spec in signature(self.program))
+
+    def weight(self, key: str) -> Tensor | None:
+        """[N, C, ...] of a site, [C, N, ...] of a transposed convolution; None for a matmul."""
+        name = self.sites[key].weight
+        return None if name is None else self._held()[name]
+
+    def changed(self, key: str, op: OpPlan) -> Changed:
+        site = self.sites[key]
+        weight = self.weight(key)
+        if weight is not None and op.precision not in ("fp32", "fp16"):
+            bits = op.precision[:2]
+            known = (key, bits, op.form, op.group)
+            if known not in self._encoded:
+                self._encoded[known] = encode_weight(weight, op, site.axis, name=key).decode()
+            weight = self._encoded[known]
+        return Changed(op, weight)
+
+    def changes(self, ops: Mapping[str, OpPlan]) -> dict[str, Changed]:
+        """By the names of calls, of those of `ops` that are more than a float."""
+        return {
+            self.sites[key].node: self.changed(key, op)
+            for key, op in ops.items()
+            if op.precision not in ("fp32", "fp16")
+        }
+
+    def __call__(
+        self, inputs: Mapping[str, Tensor], changed: Mapping[str, Changed] | None = None, observe: Observe | None = None
+    ) -> tuple[Tensor, ...]:
+        """Outputs, in order. Gradients flow where the inputs ask for them."""
+        held: dict[str, Tensor] = {**self._held(), **{n.name: inputs[n.name] for n in user_inputs(self.program)}}
+        given = [held[node.name] for node in self.program.graph.nodes if node.op == "placeholder"]
+        return tuple(_Run(self.program, changed or {}, observe).run(*given, enable_io_processing=False))
+
+    def _held(self) -> dict[str, Tensor]:
+        if not self._weights:
+            self._weights.update({name: value.detach() for name, value in weights(self.program).items()})
+        return self._weights
+
+
+Changes = Mapping[str, Mapping[str, Changed]]
+"""Component -> call -> how it is computed."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One picture with what led to it: `latents[t]` is what step t starts from; [1, ...] fp32."""
+
+    ids: Tensor
+    context: Tensor
+    table: tuple[SamplerStep, ...]
+    latents: tuple[Tensor, ...]
+    decoder_input: Tensor
+    image: Tensor
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A text-to-image student as graphs."""
+
+    student: Student
+    networks: Mapping[str, Network]
+
+    def denoiser_inputs(self, step: SamplerStep, latent: Tensor, context: Tensor) -> dict[str, Tensor]:
+        names = self.networks["denoiser"].inputs
+        given = {"latent": step.input_scale * latent, "context": context}
+        given |= {name: torch.from_numpy(value) for name, value in moment(step, names).items()}
+        return given
+
+    @torch.no_grad()
+    def draw(
+        self, ids: Tensor, seed: int, steps: int, changes: Changes | None = None, known: Drawn | None = None
+    ) -> Drawn:
+        """One picture. `known`: the float one of the same, whose part before the first change is taken over."""
+        table = sampler_table(self.student, steps)
+        changes = {name: one for name, one in (changes or {}).items() if one}
+        context = (
+            known.context if known and "text_encoder" not in changes else self.encode(ids, changes.get("text_encoder"))
+        )
+        if known is not None and not {"text_encoder", "denoiser"} & set(changes):
+            latents, ready = known.latents, known.decoder_input
+        else:
+            x, held = initial_noise(self.student, [seed]), []
+            for index, step in enumerate(table, start=1):
+                held.append(x)
+                (prediction,) = self.networks["denoiser"](
+                    self.denoiser_inputs(step, x, context), changes.get("denoiser")
+                )
+                x = step.sample * x + step.prediction * prediction
+                if step.noise:
+                    x = x + step.noise * initial_noise(self.student, [seed], stream=index)
+            latents, ready = tuple(held), decoder_input(self.student, x)
+        image = self._only("decoder", ready, changes.get("decoder"))
+        return Drawn(ids, context, table, latents, ready, image)
+
+    @torch.no_grad()
+    def encode(self, ids: Tensor, changed: Mapping[str, Changed] | None = None) -> Tensor:
+        return self._only("text_encoder", ids, changed)
+
+    def _only(self, name: str, value: Tensor, changed: Mapping[str, Changed] | None) -> Tensor:
+        network = self.networks[name]
+        return network({network.inputs[0]: value}, changed)[0]
+
+    @torch.no_grad()
+    def answers(self, drawn: Drawn, ids: Tensor, changes: Changes | None = None) -> tuple[Tensor, ...]:
+        """The denoiser's word, at each latent of `drawn`, on another prompt."""
+        context = self.encode(ids, (changes or {}).get("text_encoder"))
+        return tuple(
+            self.networks["denoiser"](self.denoiser_inputs(step, x, context), (changes or {}).get("denoiser"))[0]
+            for step, x in zip(drawn.table, drawn.latents, strict=True)
+        )
+
+
+def mean_square(values: Sequence[Tensor]) -> float:
+    """Over the elements of all."""
+    return sum(float(one.double().square().sum()) for one in values) / max(1, sum(one.numel() for one in values))

@@ -1,0 +1,348 @@
+"""The stages of a plan: candidates, ranges, sensitivity, choice, measurement. What takes long is cached by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache as memoize
+from pathlib import Path
+from typing import Any
+
+import edgegen
+from edgegen.cache import Cache
+from edgegen.errors import UsageError
+from edgegen.graph.count import count
+from edgegen.graph.edit import weights
+from edgegen.precision.budget import Budget, Measured, problem, psnr, refused, settle, within
+from edgegen.precision.calibrate import Ranges, affordable, calibrate_once
+from edgegen.precision.calls import Calls
+from edgegen.precision.canonical import canonical_passes, timesteps_of
+from edgegen.precision.choose import Choice, InfeasibleError, Problem, pareto
+from edgegen.precision.cost import Candidate, candidates, float_precision, places
+from edgegen.precision.file import Notes
+from edgegen.precision.options import Planned, PlanOptions, Progress
+from edgegen.precision.pictures import Pictures, Sample
+from edgegen.precision.plan import ComponentPlan, FrontPoint, OpPlan, Precision, PrecisionPlan
+from edgegen.precision.prompts import default_settings, prompts_for
+from edgegen.precision.sensitivity import Confirmed, Effect, Key, average, confirm
+from edgegen.precision.simulate import Drawing, Network
+from edgegen.students.sample import sampler_table
+from edgegen.students.student import Student
+from edgegen.targets import Target
+
+FRONT_POINTS = 12
+CONFIRMATION_MACS = 2e12
+"""Multiply-accumulates that measuring single ops may take: about 20 s on two cores."""
+Experiment = Pictures | Calls
+Plans = Mapping[str, Mapping[str, OpPlan]]
+
+
+@memoize
+def planner_fingerprint() -> str:
+    """sha256 over the sources that decide a plan."""
+    root = Path(edgegen.__file__).parent
+    digest = hashlib.sha256(edgegen.__version__.encode())
+    for folder in ("graph", "precision", "rewrite", "students"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Stages:
+    """One plan in the making; `make` goes through all of them."""
+
+    student: Student
+    target: Target
+    backends: tuple[str, ...]
+    options: PlanOptions
+    cache: Cache
+    progress: Progress
+    networks: Mapping[str, Network]
+
+    def make(self) -> Planned:
+        base = self.options.precision or float_precision(self.target, self.backends)
+        found = self._candidates(base)
+        observed = self._ranges()
+        ops = {key: self._ops(key, found[key], observed) for key in found}
+        options = {key: made[1:] for key, made in ops.items() if len(made) > 1}
+        experiment = self._experiment()
+        confirmed = self._sensitivity(experiment, options)
+        whole = problem(self.networks, self._calls(), found, confirmed.effects, self.target, self.backends, base)
+        budget = self.options.budget(self._latency(), self._size())
+        asked = within(whole, budget, self.backends)
+        self.progress.stage("choose, measure", 0)
+
+        def plans(choice: Choice) -> dict[str, dict[str, OpPlan]]:
+            chosen: dict[str, dict[str, OpPlan]] = {name: {} for name in self.networks}
+            for item, option in zip(whole.items, choice.options, strict=True):
+                key = (item.component, item.key)
+                chosen[item.component][item.key] = ops[key][item.options.index(option)]
+            return chosen
+
+        try:
+            choice, measured = settle(
+                asked, budget, lambda one: self._measured(experiment, plans(one)), self.progress.advance
+            )
+        except InfeasibleError as error:
+            raise refused(error, asked) from error
+        components = {name: ComponentPlan(float_precision=base, ops=made) for name, made in plans(choice).items()}
+        plan = PrecisionPlan(
+            student=self.student.config.name,
+            student_sha256=self.student.fingerprint,
+            target=self.target.name,
+            target_sha256=self.target.sha256,
+            backends=self.backends,
+            components=components,
+            calibration=observed.calibration,
+            budget=self.options.asked(budget),
+            predicted=self._predicted(choice, measured, confirmed.rank_correlation),
+            front=self._front(whole),
+        )
+        return Planned(plan, _notes(options, confirmed), confirmed.rank_correlation, len(confirmed.measured))
+
+    def _latency(self) -> dict[str, float] | None:
+        """Of each backend, the most that it may take as a share of fp32's."""
+        if self.options.max_latency is not None:
+            return dict.fromkeys(self.backends, self.options.max_latency)
+        if self.options.max_latency_ms is None:
+            return None
+        shares = {}
+        for name in self.backends:
+            speed = self.target.backend(name).speed
+            if speed is None:
+                raise UsageError(
+                    f"nobody has measured how fast target `{self.target.name}` runs fp32 with `{name}`",
+                    hint="ask for a share of it instead: `--max-latency 0.45`",
+                )
+            shares[name] = self.options.max_latency_ms / (1e3 * self._macs() / speed.macs_per_second)
+        return shares
+
+    def _size(self) -> int | None:
+        ratio = self.options.max_size_ratio
+        return self.options.max_size if ratio is None else int(ratio * self._fp32_bytes())
+
+    def _candidates(self, base: Precision) -> dict[Key, tuple[Candidate, ...]]:
+        found = {}
+        for name, network in self.networks.items():
+            at = places(network.program, network.sites)
+            for key, site in network.sites.items():
+                found[name, key] = candidates(
+                    site.kind, at[key], self.target, self.backends, base, self.options.precisions
+                )
+        return found
+
+    def _ranges(self) -> Ranges:
+        """On every number of steps that the student serves."""
+        self.progress.stage("calibrate", 0)
+        settings, counts = default_settings(), sorted(self._times())
+        programs = {name: network.program for name, network in self.networks.items()}
+        prompts = self._prompts()[: affordable(programs, counts, settings)]
+        passes = {name: str(canonical_passes(name, timesteps_of(self.student))) for name in self.networks}
+        return calibrate_once(
+            self.student,
+            programs,
+            passes,
+            prompts,
+            settings,
+            self.cache,
+            planner_fingerprint(),
+            done=lambda drawn, of: self.progress.advance(),
+        )
+
+    def _prompts(self) -> tuple[str, ...]:
+        return prompts_for(self.student, self.options.calibration)
+
+    def _tried(self) -> tuple[str, ...]:
+        """From the end: ranges are from the beginning."""
+        return self._prompts()[-self.options.samples - 1 :]
+
+    def _ops(self, key: Key, found: Sequence[Candidate], observed: Ranges) -> tuple[OpPlan, ...]:
+        site, seen = self.networks[key[0]].sites[key[1]], observed.components[key[0]][key[1]]
+        facts: dict[str, Any] = {"op": site.kind, "weights": site.weights, "macs": site.macs, "input": seen.input}
+        facts |= {"output": seen.output, "step_inputs": seen.step_inputs}
+        facts["other"] = seen.other if site.kind == "matmul" else None
+        return tuple(
+            OpPlan(precision=one.precision, form=one.form, group=one.group, **facts)  # type: ignore[arg-type]
+            for one in found
+        )
+
+    def _steps(self) -> int:
+        sampler = self.student.config.sampler
+        assert sampler is not None
+        steps = self.options.steps or sampler.default_steps
+        sampler_table(self.student, steps)  # refuses steps that the student was not distilled for
+        return steps
+
+    def _times(self) -> tuple[int, ...]:
+        sampler = self.student.config.sampler
+        return () if sampler is None else tuple(sampler.times)
+
+    def _calls(self) -> dict[str, int]:
+        steps = 1 if self.student.config.sampler is None else self._steps()
+        return {name: steps if name == "denoiser" else 1 for name in self.networks}
+
+    def _experiment(self) -> Experiment:
+        if self.student.config.task == "single":
+            inputs = {
+                name: dict(zip((spec.name for spec in part.inputs), part.example_inputs(), strict=True))
+                for name, part in self.student.components.items()
+            }
+            return Calls(self.networks, tuple(inputs.items()), self.options.projections)
+        ids = self.student.tokenize(list(self._tried()))
+        count, steps = len(ids), [self._steps()] * self.options.samples
+        if self.options.steps is None:  # one of each other number that the student serves
+            steps += [number for number in sorted(self._times()) if number != self._steps()]
+        samples = tuple(
+            Sample(ids[i % count][None], self.options.seed + i, ids[(i + 1) % count][None], number)
+            for i, number in enumerate(steps)
+        )
+        return Pictures(Drawing(self.student, self.networks), samples, self.options.projections)
+
+    def _sensitivity(self, experiment: Experiment, options: Mapping[Key, tuple[OpPlan, ...]]) -> Confirmed:
+        """Estimates, an entry of the cache for each sample; then the measured ones."""
+        if not options:
+            return Confirmed({}, {})
+        settings = self._settings(options)
+        self.progress.stage("sensitivity: one backward pass a sample", experiment.count)
+        found = []
+        for index in range(experiment.count):
+            made = self._kept(
+                "plan-estimate",
+                {**settings, "sample": index},
+                lambda index=index: _plain(experiment.estimate(index, options)),  # type: ignore[misc]
+            )
+            found.append(_effects(made))
+            self.progress.advance()
+        effects = average(found)
+        top, spread = self._confirmed(experiment.count)
+        self.progress.stage("sensitivity: single ops measured", min(top + spread, sum(map(len, options.values()))))
+
+        def measure() -> list[Any]:
+            confirmed = confirm(experiment, options, effects, top, spread, self.progress.advance)
+            return [[*key, index, *pair] for (key, index), pair in confirmed.measured.items()]
+
+        rows = self._kept("plan-confirm", {**settings, "top": top, "spread": spread}, measure)
+        return Confirmed.of(effects, {((name, key), index): (a, b) for name, key, index, a, b in rows})
+
+    def _confirmed(self, samples: int) -> tuple[int, int]:
+        """How many ops are measured alone: of large students fewer, by `CONFIRMATION_MACS`."""
+        asked = self.options.confirmed + self.options.spread
+        share = min(1.0, CONFIRMATION_MACS / max(1, asked * samples * self._macs()))
+        top, spread = (max(min(4, n), round(share * n)) for n in (self.options.confirmed, self.options.spread))
+        return top, spread
+
+    def _measured(self, experiment: Experiment, plans: Plans) -> Measured:
+        def measure() -> list[float | None]:
+            alignment = None
+            if self.options.min_alignment is not None:
+                alignment = self._alignment(experiment, plans)
+            return [psnr(experiment.worst(plans)), experiment.conditioning(plans), alignment]
+
+        said = {name: {key: op.model_dump(mode="json") for key, op in made.items()} for name, made in plans.items()}
+        extra = {"plans": said, "alignment": self.options.min_alignment and self.options.alignment_prompts}
+        return Measured(*self._kept("plan-measure", {**self._settings({}), **extra}, measure))
+
+    def _alignment(self, experiment: Experiment, plans: Plans) -> float:
+        """Of the `shapes` student computed so, over an even share of its held-back prompts."""
+        from edgegen.students.shapes.evaluate import evaluate
+
+        assert isinstance(experiment, Pictures)
+        drawing = experiment.drawing
+        changed = {name: self.networks[name].changes(ops) for name, ops in plans.items()}
+
+        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Any:
+            for prompt, seed in zip(prompts, seeds, strict=True):
+                yield drawing.draw(self.student.tokenize([prompt]), seed, self._steps(), changed).image[0].numpy()
+
+        return evaluate(draw, self._steps(), self.options.alignment_prompts).alignment
+
+    def _predicted(self, choice: Choice, measured: Measured, correlation: float | None) -> dict[str, float]:
+        shown = {
+            "picture_psnr_db": round(measured.psnr, 3),
+            "picture_psnr_db_estimated": round(psnr(choice.totals["picture"]), 3),
+            "conditioning_change": round(measured.conditioning, 5),
+            "bytes": choice.totals["bytes"],
+            "bytes_ratio": round(choice.totals["bytes"] / max(1.0, self._fp32_bytes()), 4),
+        }
+        if correlation is not None:
+            shown["rank_correlation"] = round(correlation, 4)
+        if measured.alignment is not None:
+            shown["alignment"] = round(measured.alignment, 4)
+        for name in self.backends:
+            ratio = choice.totals[f"latency {name}"]
+            shown[f"latency_ratio_estimated.{name}"] = round(ratio, 4)
+            speed = self.target.backend(name).speed
+            if speed is not None:
+                shown[f"latency_ms_estimated.{name}"] = round(ratio * 1e3 * self._macs() / speed.macs_per_second, 3)
+        return shown
+
+    def _macs(self) -> int:
+        return sum(count(one.program).macs * self._calls()[name] for name, one in self.networks.items())
+
+    def _fp32_bytes(self) -> float:
+        return float(
+            sum(
+                value.numel() * 4 if value.is_floating_point() else value.nbytes
+                for network in self.networks.values()
+                for value in weights(network.program).values()
+            )
+        )
+
+    def _front(self, whole: Problem) -> tuple[FrontPoint, ...]:
+        asked = within(whole, Budget(aim="loss"), self.backends)
+        along = f"latency {self.backends[0]}"
+        return tuple(
+            FrontPoint(
+                latency_ratio=round(one.totals[along], 4),
+                bytes=int(one.totals["bytes"]),
+                picture_psnr_db=round(psnr(one.totals["picture"]), 2),
+            )
+            for one in pareto(asked, along, FRONT_POINTS)
+        )
+
+    def _settings(self, options: Mapping[Key, tuple[OpPlan, ...]]) -> dict[str, Any]:
+        """What decides a measurement: a changed planner never reuses what an older one measured."""
+        chosen = [[*key, [op.model_dump(mode="json") for op in made]] for key, made in options.items()]
+        return {
+            "student": self.student.fingerprint,
+            "graphs": {name: sorted(network.sites) for name, network in self.networks.items()},
+            "options": chosen,
+            "samples": self.options.samples,
+            "prompts": list(self._tried()),
+            "projections": self.options.projections,
+            "seed": self.options.seed,
+            "steps": [self.options.steps, self._calls()],
+            "planner": planner_fingerprint(),
+        }
+
+    def _kept(self, stage: str, parts: dict[str, Any], make: Callable[[], Any]) -> Any:
+        """`make()`, JSON values, from the cache where it was made before."""
+
+        def build(folder: Path) -> None:
+            (folder / "made.json").write_text(json.dumps(make()))
+
+        entry = self.cache.directory(self.cache.key(stage, **parts), build)
+        return json.loads((entry / "made.json").read_text())
+
+
+def _plain(effects: Mapping[Key, tuple[Effect, ...]]) -> list[Any]:
+    return [[*key, [[one.picture, one.conditioning] for one in made]] for key, made in effects.items()]
+
+
+def _effects(rows: Sequence[Any]) -> dict[Key, tuple[Effect, ...]]:
+    return {(name, key): tuple(Effect(*pair) for pair in pairs) for name, key, pairs in rows}
+
+
+def _notes(options: Mapping[Key, tuple[OpPlan, ...]], confirmed: Confirmed) -> Notes:
+    """Beside each op, what each precision of it alone does to the picture."""
+    return {
+        key: "alone "
+        + ", ".join(
+            f"{op.precision} {psnr(effect.picture):.1f} dB"
+            for op, effect in zip(made, confirmed.effects[key], strict=True)
+        )
+        for key, made in options.items()
+    }

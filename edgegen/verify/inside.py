@@ -1,0 +1,87 @@
+"""Looking inside the artifacts of a finished bundle: `edgegen verify --blame` and `--dump`. Imports torch."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch.export import ExportedProgram
+
+from edgegen.bundle.manifest import Artifact
+from edgegen.bundle.open import Bundle
+from edgegen.errors import UsageError
+from edgegen.graph.capture import capture
+from edgegen.lower.backend import get_backend
+from edgegen.students.student import Student
+from edgegen.verify.blame import blame
+from edgegen.verify.bundle import stored_reference
+from edgegen.verify.outcome import ComponentParity, Outcome, ParityReport
+from edgegen.verify.rebuild import rebuilt
+
+
+def prepare_dump(folder: Path) -> None:
+    """UsageError when `folder` is not a new or empty one: values of two runs must not mix."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"`{folder}` is not an empty folder", hint="name a folder that does not exist yet")
+
+
+def load_model(path: Path, bundle: Bundle) -> Student:
+    """The student at `path`; UsageError when it is not the one that `bundle` was built from."""
+    from edgegen.students.load import load
+
+    student = load(path)
+    if student.fingerprint != bundle.manifest.student_sha256:
+        raise UsageError(
+            f"`{path}` is not the student that `{bundle.root}` was built from",
+            hint=f"see what it was with `edgegen inspect {shlex.quote(str(bundle.root))}`",
+        )
+    return student
+
+
+def look_inside(
+    bundle: Bundle,
+    reports: Sequence[ParityReport],
+    student: Student | None,
+    dump: Path | None,
+    told: Callable[[str], None] = lambda text: None,
+) -> list[ParityReport]:
+    """The reports with `blame` said of every component that was executed, whether it failed or not.
+
+    `student` makes the graphs that values are compared with; without it an artifact is held against itself. Values go
+    to `dump`/<backend>/<component>. `told` hears which component is looked at.
+    """
+    reference = stored_reference(bundle).restored()
+    captured: dict[str, ExportedProgram] = {}
+
+    def graph(artifact: Artifact) -> ExportedProgram | None:
+        if student is None:
+            return None
+        name = artifact.component
+        if name not in captured:
+            captured[name] = capture(student.components[name])
+        return rebuilt(captured[name], artifact.passes)
+
+    def ask(report: ParityReport, part: ComponentParity) -> ComponentParity:
+        if part.outcome not in (Outcome.SUCCESS, Outcome.UNDELEGATED, Outcome.MISMATCH):
+            return part
+        told(f"{report.backend} {part.component}")
+        artifact = bundle.artifacts(report.backend)[part.component]
+        worst = min(part.outputs, key=lambda one: one.sqnr_db, default=None)
+        said = blame(
+            get_backend(report.backend),
+            part.component,
+            bundle.loadable(artifact).resolve(),
+            graph(artifact),
+            [spec.name for spec in reference.signatures[part.component].inputs],
+            reference.expected(part.component),
+            report.gates.sqnr_db[report.precision],
+            worst_at=None if worst is None else worst.worst_at,
+            dump=None if dump is None else dump / report.backend / part.component,
+        )
+        return part.model_copy(update={"blame": said})
+
+    return [
+        report.model_copy(update={"components": tuple(ask(report, part) for part in report.components)})
+        for report in reports
+    ]

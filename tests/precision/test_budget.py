@@ -1,0 +1,100 @@
+"""The plan that is taken in the end: held against measurements that the estimates did not foresee."""
+
+import math
+
+import pytest
+
+from edgegen.errors import GateError
+from edgegen.precision.budget import Budget, Measured, psnr, refused, settle, within
+from edgegen.precision.choose import InfeasibleError, Item, Option, Problem, choose
+
+
+def whole():
+    """Twelve ops: each saves the same, and spoils twice as much as the one before."""
+    items = []
+    for index in range(12):
+        loss = 1e-5 * 2**index
+        options = (
+            Option("fp32", {"latency onnx": 1 / 12, "bytes": 4.0}, {"picture": 0.0, "conditioning": 0.0}),
+            Option("w8a8", {"latency onnx": 0.3 / 12, "bytes": 1.0}, {"picture": loss, "conditioning": loss}),
+        )
+        items.append(Item("net", f"op{index}", options))
+    return Problem(tuple(items), {"bytes": 1.0})
+
+
+def measuring(factor, conditioning=0.0, alignment=None):
+    """Pictures that are `factor` times worse than estimated."""
+    seen = []
+
+    def measure(choice):
+        seen.append(choice)
+        aligned = None if alignment is None else alignment(choice.totals["picture"])
+        return Measured(psnr(choice.totals["picture"] * factor), conditioning, aligned)
+
+    measure.seen = seen
+    return measure
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.5, 1.0, 3.0, 20.0])
+def test_the_floor_is_kept_by_what_is_measured_and_not_by_much_more(factor):
+    budget = Budget(psnr=30.0, conditioning=0.05)
+    measure = measuring(factor)
+    choice, found = settle(within(whole(), budget, ["onnx"]), budget, measure)
+    assert found.psnr >= 30.0
+    best = choose(within(whole(), Budget(psnr=30.0 + 10 * math.log10(factor)), ["onnx"]))
+    compressed = [sum(one.precision == "w8a8" for one in each.options) for each in (choice, best)]
+    assert compressed[0] >= compressed[1] - 1
+    assert len(measure.seen) <= 8
+
+
+def test_alignment_alone_draws_the_plan_in_until_it_holds():
+    budget = Budget(alignment=0.9, conditioning=0.05)
+    measure = measuring(1.0, alignment=lambda loss: 0.95 if loss < 5e-4 else 0.8)
+    choice, found = settle(within(whole(), budget, ["onnx"]), budget, measure)
+    assert found.alignment == 0.95 and choice.totals["picture"] < 5e-4
+    assert any(one.precision == "w8a8" for one in choice.options)
+
+
+def test_how_prompts_are_heard_is_kept_too():
+    budget = Budget(psnr=10.0, conditioning=0.02)
+
+    def measure(choice):
+        return Measured(psnr(choice.totals["picture"]), math.sqrt(choice.totals["conditioning"]) * 2)
+
+    choice, found = settle(within(whole(), budget, ["onnx"]), budget, measure)
+    assert found.conditioning <= 0.02 and any(one.precision == "w8a8" for one in choice.options)
+
+
+def test_what_is_never_measured_to_hold_is_an_error_with_the_nearest():
+    budget = Budget(psnr=30.0, conditioning=0.05)
+
+    def broken(choice):
+        return Measured(21.5, 0.3)
+
+    with pytest.raises(GateError, match=r"nearest is measured at 21\.5 dB, conditioning changed by 30\.0%") as caught:
+        settle(within(whole(), budget, ["onnx"]), budget, broken)
+    assert "`--min-psnr 21`" in caught.value.hint
+
+
+def test_a_cap_alone_is_measured_once():
+    budget = Budget(size=30, aim="loss")
+    measure = measuring(1.0)
+    choice, _ = settle(within(whole(), budget, ["onnx"]), budget, measure)
+    assert choice.totals["bytes"] <= 30 and len(measure.seen) == 1
+    assert [one.precision for one in choice.options] == ["w8a8"] * 7 + ["fp32"] * 5
+
+
+def test_an_infeasible_budget_in_words():
+    budget = Budget(latency={"onnx": 0.5}, psnr=34.0)
+    asked = within(whole(), budget, ["onnx"])
+    with pytest.raises(InfeasibleError) as caught:
+        choose(asked)
+    said = refused(caught.value, asked)
+    assert "latency onnx <= 0.5000 of fp32 binds: with the others kept, the best is latency onnx 0.7083" in said.message
+    assert "PSNR >= 34.00 dB binds: with the others kept, the best is PSNR 2" in said.message
+    share = float(said.hint.removeprefix("`--max-latency ").rstrip("`"))
+    assert choose(within(whole(), Budget(latency={"onnx": share}, psnr=34.0), ["onnx"]))
+
+
+def test_no_loss_at_all_has_decibels_that_json_can_say():
+    assert psnr(0.0) == 200.0 and psnr(1e-3) == pytest.approx(30.0)
