@@ -8,6 +8,7 @@ from torch.export import ExportedProgram
 
 from edgegen.graph.capture import capture
 from edgegen.rewrite.choose import canonical_preset
+from edgegen.rewrite.fold_bias_add import FoldBiasAdd
 from edgegen.rewrite.fold_norm_affine import FoldNormAffine
 from edgegen.rewrite.pipeline import Pipeline
 from edgegen.rewrite.split_chunked_linear import SplitChunkedLinear
@@ -16,10 +17,10 @@ from edgegen.students.student import Student
 
 def canonical_passes(component: str, timesteps: Sequence[float]) -> Pipeline:
     """What every backend's graph of a planned build has gone through: the canonical preset, and those passes of
-    targets' presets that change which ops read which tensors."""
+    targets' presets that change what ops read and give: ranges and codes are then the same in every backend's graph."""
     preset = canonical_preset(component, timesteps)
     names = {one.name for one in preset}
-    return Pipeline((*preset, *(one for one in (SplitChunkedLinear(), FoldNormAffine()) if one.name not in names)))
+    return Pipeline((*preset, *(one for one in (SplitChunkedLinear(), FoldNormAffine(), FoldBiasAdd()) if one.name not in names)))
 
 
 def canonical_programs(student: Student) -> dict[str, ExportedProgram]:
