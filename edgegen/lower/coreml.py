@@ -36,6 +36,7 @@ from edgegen.lower.mlpackage import (
     states,
     write_package,
 )
+from edgegen.lower.neural_engine import lint
 from edgegen.lower.signature import check_signature, reason
 
 if TYPE_CHECKING:
@@ -136,7 +137,9 @@ class CoreMLBackend:
         if request.quantized:
             details |= count_compressed(written, request.quantized, compress.placed, f"`{file}`")
             details["weight_bytes"] = str(sum(one.stat().st_size for one in path.rglob("*.bin")))
-        notes = state_notes(decomposed)
+        lints = lint(path)
+        details |= lints.details()
+        notes = state_notes(decomposed) + lints.notes()
         if spared:
             notes += (
                 f"kept in float32: {', '.join(sorted(spared))}, which float16 would break "

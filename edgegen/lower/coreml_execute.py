@@ -107,7 +107,7 @@ def open_program(path: Path, *, accumulate: Accumulate = "fp32", arithmetic: Ari
     try:
         return Program.open(package, function=function, accumulate=accumulate, arithmetic=arithmetic)
     except ProgramError as error:
-        raise EdgegenError(f"`{shown(path)}` cannot be loaded: {error}") from error
+        raise EdgegenError(f"`{shown(path)}` cannot be loaded: {error}", hint=error.hint) from error
 
 
 def watched(path: Path, inputs: Mapping[str, Array], watch: Watch, arithmetic: Arithmetic = "declared") -> None:

@@ -20,7 +20,9 @@ def canonical_passes(component: str, timesteps: Sequence[float]) -> Pipeline:
     targets' presets that change what ops read and give: ranges and codes are then the same in every backend's graph."""
     preset = canonical_preset(component, timesteps)
     names = {one.name for one in preset}
-    return Pipeline((*preset, *(one for one in (SplitChunkedLinear(), FoldNormAffine(), FoldBiasAdd()) if one.name not in names)))
+    return Pipeline(
+        (*preset, *(one for one in (SplitChunkedLinear(), FoldNormAffine(), FoldBiasAdd()) if one.name not in names))
+    )
 
 
 def canonical_programs(student: Student) -> dict[str, ExportedProgram]:
