@@ -42,6 +42,8 @@ class Realised:
             path=PLAN,
             tensors=None if self.file is None else TENSORS,
             predicted=dict(self.plan.predicted),
+            repairs=self.plan.repairs,
+            front=self.plan.front,
             bounds=dict(truth.bounds),
         )
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Delegation, Precision
 from edgegen.lower.mlpackage import FUNCTION_NAME
+from edgegen.precision.plan import FrontPoint
 from edgegen.students.config import LatentConfig
 from edgegen.students.sampler import SamplerConfig, SamplerStep
 
@@ -143,6 +144,9 @@ class PlanRecord(_Model):
     path: str
     tensors: str | None = None
     predicted: dict[str, float] = {}
+    repairs: tuple[str, ...] = ()
+    front: tuple[FrontPoint, ...] = ()
+    """Other plans that could have been chosen."""
     bounds: dict[str, PlanBound] = {}
     """Of the components that it compresses."""
 

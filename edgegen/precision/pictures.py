@@ -38,6 +38,8 @@ class Pictures:
     samples: tuple[Sample, ...]
     projections: int = 6
     """Random vectors a sample."""
+    truth: Drawing | None = None
+    """What pictures are held against, where that is not `drawing` in float: its graphs before repairs."""
 
     @property
     def networks(self) -> Mapping[str, Network]:
@@ -50,7 +52,11 @@ class Pictures:
     @cached_property
     def floats(self) -> tuple[Drawn, ...]:
         """The float student's picture of each sample."""
-        return tuple(self.drawing.draw(one.ids, one.seed, one.steps) for one in self.samples)
+        return tuple(self._truth.draw(one.ids, one.seed, one.steps) for one in self.samples)
+
+    @property
+    def _truth(self) -> Drawing:
+        return self.truth or self.drawing
 
     def estimate(self, index: int, options: Options) -> dict[Key, tuple[Effect, ...]]:
         """Steps are gone through backwards, each computed again: one call's activations are held at a time."""
@@ -88,7 +94,7 @@ class Pictures:
         made = self._made(plans)
         found = []
         for sample, drawn in zip(self.samples, self.floats, strict=True):
-            floats = [self.drawing.answers(drawn, ids) for ids in (sample.ids, sample.other_ids)]
+            floats = [self._truth.answers(drawn, ids) for ids in (sample.ids, sample.other_ids)]
             others = [self.drawing.answers(drawn, ids, made) for ids in (sample.ids, sample.other_ids)]
             stacked = [torch.cat(one).numpy() for one in (*floats, *others)]
             ratio = sensitivity(*stacked).ratio

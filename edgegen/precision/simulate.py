@@ -19,6 +19,7 @@ from edgegen.graph.capture import signature
 from edgegen.graph.edit import user_inputs, weights
 from edgegen.precision.encode import activation_qparams, encode_weight
 from edgegen.precision.plan import OpPlan, Range
+from edgegen.precision.repair.q_sched import Factors, applied
 from edgegen.precision.sites import Site
 from edgegen.students.sample import decoder_input, initial_noise, sampler_table
 from edgegen.students.sampler import SamplerStep, moment
@@ -166,6 +167,8 @@ class Drawing:
 
     student: Student
     networks: Mapping[str, Network]
+    schedule: Mapping[int, Factors] = field(default_factory=dict)
+    """Steps -> factors of the sampler's table (Q-Sched)."""
 
     def denoiser_inputs(self, step: SamplerStep, latent: Tensor, context: Tensor) -> dict[str, Tensor]:
         names = self.networks["denoiser"].inputs
@@ -178,7 +181,7 @@ class Drawing:
         self, ids: Tensor, seed: int, steps: int, changes: Changes | None = None, known: Drawn | None = None
     ) -> Drawn:
         """One picture. `known`: the float one of the same, whose part before the first change is taken over."""
-        table = sampler_table(self.student, steps)
+        table = applied(sampler_table(self.student, steps), self.schedule.get(steps, ()))
         changes = {name: one for name, one in (changes or {}).items() if one}
         context = (
             known.context if known and "text_encoder" not in changes else self.encode(ids, changes.get("text_encoder"))

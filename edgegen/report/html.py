@@ -16,6 +16,7 @@ from typing import Literal
 
 from edgegen.bundle.manifest import Artifact, Manifest, stored_bytes
 from edgegen.profile.host import Host, ProfileReport
+from edgegen.report.front import draw_front
 from edgegen.report.rewrites import Rewrites, rewrites_by_backend
 from edgegen.verify.gates import decibels, describe_delegation, sensitivity_met
 from edgegen.verify.outcome import ComponentParity, Outcome, ParityReport, SensitivityStep
@@ -100,6 +101,7 @@ def render(
         tiles=_tiles(manifest, parity, profile),
         sensitivity=[row for name, one in parity.items() if (row := _sensitivity_row(name, one)) is not None],
         declined=_declined(manifest, parity, profile),
+        front=None if manifest.plan is None else draw_front(manifest.plan.front),
         logs=sorted(logs),
         rewrites=rewrites_by_backend(rewrites or {}),
     )

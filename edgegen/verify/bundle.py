@@ -84,7 +84,7 @@ def _job(bundle: Bundle, backend: str, folder: Path, require_full_delegation: bo
         thresholds = thresholds.model_copy(update={"require_full_delegation": True})
     return VerifyJob(
         backend=backend,
-        precision=next(iter(artifacts.values())).precision,
+        precision=next(iter(artifacts.values())).precision if manifest.plan is None else "plan",
         artifacts={name: bundle.loadable(artifacts[name]).resolve() for name in manifest.components},
         delegations={name: one.delegation for name, one in artifacts.items()},
         predicted_db={name: db for name, one in artifacts.items() if (db := predicted_db(one.details)) is not None},

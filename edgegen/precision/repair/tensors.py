@@ -81,11 +81,16 @@ def _set(editor: Editor, node: Node, place: int, value: Tensor, name: str) -> No
 
 def save(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write `tensors` as safetensors, in the order of their names; gives the file's sha256."""
-    from safetensors.torch import save as serialise
-
-    content = bytes(serialise({name: tensors[name].detach().contiguous() for name in sorted(tensors)}))
+    content = serialised(tensors)
     path.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
+
+
+def serialised(tensors: Mapping[str, Tensor]) -> bytes:
+    """What `save` writes."""
+    from safetensors.torch import save as serialise
+
+    return bytes(serialise({name: tensors[name].detach().contiguous() for name in sorted(tensors)}))
 
 
 def tensors_of(path: Path, plan: PrecisionPlan) -> Path | None:

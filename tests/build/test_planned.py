@@ -1,0 +1,275 @@
+"""Builds by a precision plan, as they are typed: the bundle, its verification, what one changed line costs, refusals."""
+
+import hashlib
+import json
+import shutil
+
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from edgegen.bundle.open import MANIFEST, open_bundle
+from edgegen.cache import Cache
+from edgegen.cli.main import main
+from edgegen.precision.file import load_plan, write_plan
+from edgegen.precision.options import PlanOptions
+from edgegen.precision.plan import ComponentPlan
+from edgegen.precision.planner import make_plan
+from edgegen.targets import load_target
+
+QUICK = {"samples": 1, "projections": 1, "confirmed": 1, "spread": 2}
+COMPONENTS = ("text_encoder", "denoiser", "decoder")
+
+
+class Quiet:
+    def stage(self, name, total): ...
+
+    def advance(self): ...
+
+    def note(self, text): ...
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tmp_path_factory):
+    from edgegen.students.checkpoint import save_pt
+
+    path = tmp_path_factory.mktemp("model") / "tiny.pt"
+    save_pt(tiny, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """The cache of every build here."""
+    folder = tmp_path_factory.mktemp("cache")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("EDGEGEN_CACHE_DIR", str(folder))
+    yield folder
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def plan(tiny, cached, tmp_path_factory):
+    """File of a plan of the real planner for two runtimes, with int8 arithmetic in every component."""
+    options = PlanOptions(**QUICK, precisions=("w8a8",), min_psnr=40.0)
+    made = make_plan(tiny, load_target("linux-x86"), ("onnx", "tflite"), options, Cache(cached), Quiet())
+    path = tmp_path_factory.mktemp("plan") / "tiny.toml"
+    write_plan(path, made.plan, made.notes)
+    assert all("w8a8" in counts for counts in made.counts().values()), made.counts()
+    return path
+
+
+def build(model, output, *arguments, target="linux-x86"):
+    return main(["build", "--target", target, "--output", str(output), *map(str, arguments), str(model), "-q"])
+
+
+@pytest.fixture(scope="module")
+def built(model, plan, tmp_path_factory):
+    """What `edgegen build --plan` makes with both runtimes."""
+    path = tmp_path_factory.mktemp("bundles") / "linux"
+    assert build(model, path, "--plan", plan) == 0
+    return path
+
+
+def lowered(cached):
+    """Entries of the cache that are lowered components."""
+    return {path.name for path in cached.glob("*/entries/lower-*")}
+
+
+def counts(part: ComponentPlan):
+    return {precision: [op.precision for op in part.ops.values()].count(precision) for precision in ("w8a8", "fp32")}
+
+
+def test_the_bundle_carries_its_plan_and_what_the_plan_computes(built, plan):
+    bundle, asked = open_bundle(built), load_plan(plan)
+    said = bundle.manifest.plan
+    assert load_plan(built / said.path) == asked
+    assert said.path in bundle.manifest.files, "hashed like every other file"
+    assert said.predicted == asked.predicted
+    assert set(said.bounds) == set(bundle.manifest.planned) == set(COMPONENTS)
+    for name, bound in said.bounds.items():
+        assert bound.stability_db > bound.float_db - 6 and 20 < bound.float_db < 90, (name, bound)
+    samples = {name: len(calls) for name, calls in bundle.manifest.planned.items()}
+    assert samples["denoiser"] > samples["decoder"] >= 2
+    for calls in bundle.manifest.planned.values():
+        assert all((built / file).is_file() for call in calls for file in call.values())
+    assert bundle.manifest.gates.picture_psnr_db["plan"] == 40.0, "what the plan was asked for"
+
+
+def test_each_artifact_has_the_int8_ops_of_its_plan(built, plan):
+    asked = load_plan(plan)
+    for one in open_bundle(built).manifest.artifacts:
+        wanted = counts(asked.components[one.component])
+        assert {key: one.compressed.get(key, 0) for key in wanted} == wanted
+        truly = one.details["int8_ops"]  # counted in the file; tflite's by kind, as `3 CONV_2D, 2 FULLY_CONNECTED`
+        assert sum(int(part.split()[0]) for part in truly.split(", ")) >= wanted["w8a8"], (one.backend, truly)
+
+
+def test_artifacts_are_held_to_the_plan(built):
+    for report in json.loads((built / "reports" / "parity.json").read_text()).values():
+        assert report["status"] == "passed" and report["precision"] == "plan"
+        for part in report["components"]:
+            assert part["required_db"] <= 35.0 < 60.0 and part["sqnr_db"] >= part["required_db"]
+            assert part["float_db"] >= part["required_float_db"] > 20
+    page = (built / "report.html").read_text()
+    assert "w8a8" in page
+
+
+def test_a_bundle_proves_itself_without_model_plan_or_cache(built, tmp_path, monkeypatch, capsys):
+    alone = tmp_path / "alone"
+    shutil.copytree(built, alone)
+    monkeypatch.setenv("EDGEGEN_CACHE_DIR", str(tmp_path / "empty"))
+    assert main(["verify", str(alone), "--json", "-q"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {name: one["status"] for name, one in said["backends"].items()} == {"onnx": "passed", "tflite": "passed"}
+
+
+def edited(plan, path, change):
+    """The plan at `plan` with the ops of its components as `change(component, key, op)` has them, at `path`."""
+    asked = load_plan(plan)
+    parts = {
+        name: part.model_copy(update={"ops": {key: change(name, key, op) for key, op in part.ops.items()}})
+        for name, part in asked.components.items()
+    }
+    write_plan(path, asked.model_copy(update={"components": parts}))
+    return path
+
+
+def test_one_line_changed_lowers_one_component_again(built, model, plan, cached, tmp_path):
+    lines = plan.read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("[components.decoder.ops"))
+    line = next(i for i in range(start, len(lines)) if lines[i].startswith('precision = "w8a8"'))
+    lines[line] = 'precision = "fp32"'
+    changed = tmp_path / "changed.toml"
+    changed.write_text("\n".join(lines))
+    before = lowered(cached)
+    assert build(model, tmp_path / "out", "--plan", changed, "--backend", "onnx") == 0
+    assert len(lowered(cached) - before) == 1
+    for name, again in open_bundle(tmp_path / "out").artifacts("onnx").items():
+        first = open_bundle(built).artifacts("onnx")[name]
+        same = (tmp_path / "out" / again.path).read_bytes() == (built / first.path).read_bytes()
+        assert same == (name != "decoder")
+        assert again.compressed["w8a8"] == first.compressed["w8a8"] - (name == "decoder")
+
+
+def test_ranges_that_clip_the_picture_are_exit_3(built, model, plan, tmp_path, capsys):
+    """The artifact does what the plan says: it is the plan that does not keep what was asked of it."""
+
+    def clip(component, key, op):
+        if component != "decoder" or op.output is None:
+            return op
+        output = op.output.model_copy(update={"low": op.output.low / 16, "high": op.output.high / 16})
+        return op.model_copy(update={"output": output})
+
+    changed = edited(plan, tmp_path / "clipped.toml", clip)
+    assert build(model, tmp_path / "out", "--plan", changed, "--backend", "onnx") == 3
+    said = capsys.readouterr().err
+    assert "picture_psnr" in said and "sqnr " not in said
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.failed" / "plan.toml").is_file()
+
+
+def test_an_artifact_that_computes_something_else_is_exit_3(built, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(built, broken)
+    bundle = open_bundle(built)
+    artifact = bundle.artifacts("onnx")["decoder"].path
+    network = onnx.load(broken / artifact)
+    quantizers = {node.input[1] for node in network.graph.node if node.op_type == "QuantizeLinear"}
+    scale = next(one for one in network.graph.initializer if one.name in quantizers)
+    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * 0.25, scale.name))
+    onnx.save(network, broken / artifact)
+    document = json.loads((broken / MANIFEST).read_text())
+    content = (broken / artifact).read_bytes()
+    entry = document["files"][artifact]
+    entry |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (broken / MANIFEST).write_text(json.dumps(document))
+    assert main(["verify", str(broken), "--backend", "onnx", "-q"]) == 3
+    said = capsys.readouterr().err
+    assert "sqnr" in said and "decoder" in said and "text_encoder" not in said
+
+
+def text_with(*changes):
+    def made(text):
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new, 1)
+        return text
+
+    return made
+
+
+REFUSED = [
+    ("another model", text_with(('student_sha256 = "', 'student_sha256 = "0')), (), "plan was made for `tiny` (0"),
+    ("another target", text_with(('target = "linux-x86"', 'target = "rpi5"')), (), "--target rpi5"),
+    ("unknown op", text_with(('ops."layers.0"]', 'ops."layer.0"]')), (), "no such op; nearest: `layers.0`"),
+    ("not native", text_with(('precision = "w8a8"', 'precision = "w8"')), (), "w8 is refused: `onnx` executes fp32"),
+    ("two precisions", text_with(), ("--precision", "fp32"), "`--precision fp32` another"),
+    ("not its backend", text_with(), ("--backend", "coreml"), "does not run `coreml`"),
+    (
+        "tensors gone",
+        text_with(("schema_version = 1", f'schema_version = 1\ntensors_sha256 = "{"0" * 64}"')),
+        (),
+        "tensors are not beside it: `plan.safetensors`",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "arguments", "said"), [pytest.param(*one[1:], id=one[0]) for one in REFUSED])
+def test_a_plan_that_does_not_fit_is_exit_2_before_any_work(model, plan, tmp_path, capsys, change, arguments, said):
+    path = tmp_path / "plan.toml"
+    path.write_text(change(plan.read_text()))
+    assert build(model, tmp_path / "out", "--plan", path, *arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and "hint:" in error
+    assert [one.name for one in tmp_path.iterdir()] == ["plan.toml"]
+
+
+def test_tensors_of_another_plan_are_not_used(model, plan, tmp_path, capsys):
+    path = tmp_path / "plan.toml"
+    path.write_text(
+        text_with(("schema_version = 1", f'schema_version = 1\ntensors_sha256 = "{"0" * 64}"'))(plan.read_text())
+    )
+    path.with_suffix(".safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    assert build(model, tmp_path / "out", "--plan", path) == 1
+    assert "`plan.safetensors` is not the file that the plan was made with" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_sums_the_plan_up(model, plan, capsys):
+    assert main(["build", "--target", "linux-x86", "--plan", str(plan), "--dry-run", str(model)]) == 0
+    said = capsys.readouterr().out
+    ops = load_plan(plan).components["decoder"]
+    assert f"{counts(ops)['w8a8']} w8a8, the rest fp32" in said
+    assert "build    onnx plan" in said and "build    tflite plan" in said
+    assert "gates    plan: SQNR >= 35 dB, picture >= 40 dB" in said
+
+
+@pytest.fixture(scope="module")
+def palettes(plan, model, tmp_path_factory):
+    """Weights compressed in each way that Core ML reads, built for a phone and executed by the evaluator."""
+    folder = tmp_path_factory.mktemp("phone")
+    forms = [{"precision": "w8"}, {"precision": "w6", "form": "palette"}, {"precision": "w8", "form": "palette"}]
+    asked, parts = load_plan(plan), {}
+    for name, part in asked.components.items():
+        ops = {key: op.model_copy(update={"precision": "fp32"}) for key, op in part.ops.items()}
+        weighted = [key for key, op in ops.items() if op.op != "matmul"]
+        ops |= {key: ops[key].model_copy(update=forms[i % len(forms)]) for i, key in enumerate(weighted)}
+        parts[name] = part.model_copy(update={"ops": ops})
+    phone = load_target("iphone16pro")
+    update = {"target": phone.name, "target_sha256": phone.sha256, "backends": ("coreml",), "components": parts}
+    write_plan(folder / "plan.toml", asked.model_copy(update={**update, "budget": {"min_psnr": 25.0}}))
+    code = build(model, folder / "phone", "--plan", folder / "plan.toml", target=phone.name)
+    return code, folder / "phone"
+
+
+def test_core_ml_packages_hold_palettes(palettes, built):
+    code, path = palettes
+    assert code == 0
+    bundle = open_bundle(path)
+    assert load_plan(path / "plan.toml").backends == ("coreml",)
+    for name, one in bundle.artifacts("coreml").items():
+        assert one.executed and one.details["int8_ops"] == "0"
+        assert int(one.details["compressed_weights"]) == sum(n for key, n in one.compressed.items() if key != "fp32")
+        assert {"w8", "w6"} <= set(one.compressed)
+        whole = sum(file.stat().st_size for file in (path / one.path).rglob("*") if file.is_file())
+        assert whole == one.bytes, name
