@@ -20,14 +20,13 @@ import argparse
 import importlib
 import json
 import os
-import platform
-import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -36,18 +35,16 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from turns import WARM_UP, in_turns, request_of, settings_of
 
 from edgegen.errors import EdgegenError
-from edgegen.graph.capture import signature
 from edgegen.graph.edit import user_inputs
 from edgegen.graph.evaluate import evaluate
-from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Array, LowerRequest, get_backend
 from edgegen.lower.pointwise_rows import pointwise_rows
 from edgegen.precision.plan import OpPlan, OpPrecision, Range
 from edgegen.precision.quantize import quantized, tail
 from edgegen.precision.sites import Site, sites
-from edgegen.profile.host import runtime_versions, this_host
 from edgegen.rewrite.choose import shape_preset
 from edgegen.rewrite.pipeline import Pipeline
 from edgegen.rewrite.presets import canonical
@@ -151,21 +148,9 @@ def main() -> None:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, str]:
-    host = this_host()
-    versions = {"torch": metadata.version("torch")}
-    for name in options.backend:
-        versions.update(runtime_versions(get_backend(name)))
-    for name in ("ai-edge-quantizer", "torchao"):
-        versions[name] = metadata.version(name)
-    return {
-        "command": "python " + " ".join(sys.argv),
-        "cpu": host.cpu,
-        "system": f"{host.os}, Python {platform.python_version()}",
-        "threads": str(options.threads),
-        "repeats": f"{options.repeats} calls of each artifact in turns, medians, after 3 that do not count",
-        "load average at the start": str(host.load_average),
-        "versions": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
-    }
+    theirs = ", ".join(f"{name} {metadata.version(name)}" for name in ("ai-edge-quantizer", "torchao"))
+    repeats = f"{options.repeats} calls of each artifact in turns, medians, after {WARM_UP} that do not count"
+    return settings_of(options.backend, options.threads, repeats=repeats, quantizers=theirs)
 
 
 def _cases(model: str, components: Sequence[str]) -> Iterator[Case]:
@@ -229,14 +214,7 @@ def _as_rewritten(given: Inputs, case: Case) -> dict[str, Tensor]:
 
 
 def _time(made: Sequence[tuple[Row, Made]], given: Inputs, repeats: int) -> None:
-    taken: list[list[float]] = [[] for _ in made]
-    for turn in range(3 + repeats):
-        for place, (_, one) in enumerate(made):
-            started = time.perf_counter()
-            one.run(given)
-            if turn >= 3:
-                taken[place].append(time.perf_counter() - started)
-    medians = [statistics.median(times) for times in taken]
+    medians = in_turns([partial(one.run, given) for _, one in made], repeats)
     for (row, _), seconds in zip(made, medians, strict=True):
         row.ms, row.to_fp32 = round(seconds * 1e3, 2), round(seconds / medians[0], 3)
 
@@ -281,7 +259,7 @@ class Ours:
         folder.mkdir()
         realises = quantized(self.program, ops) if ops else self.program
         program = realises if backend.quantizes == "graph" else self.program
-        request = replace(_request(program, folder), quantized=ops)
+        request = replace(request_of(program, folder), quantized=ops)
         started = time.perf_counter()
         try:
             lowered = backend.lower(program, request)
@@ -320,15 +298,6 @@ class Ours:
         return {name: Range(low=low, high=high) for name, (low, high) in ends.items()}
 
 
-def _request(program: ExportedProgram, folder: Path) -> LowerRequest:
-    (values,) = program.graph.output_node().args
-    outputs = tuple(
-        TensorSpec(name=f"output_{place}", shape=tuple(value.meta["val"].shape), dtype="float32")
-        for place, value in enumerate(values)
-    )
-    return LowerRequest("benchmark", signature(program), outputs, "fp32", folder)
-
-
 def _runner(case: Case, backend: str, path: Path, request: LowerRequest) -> Callable[[Inputs], Array]:
     executable = get_backend(backend).load(path, request.inputs, request.outputs)
 
@@ -350,7 +319,7 @@ def _tflite(case: Case, folder: Path, plans: Sequence[str], defaults: bool) -> I
         return
     with torch.no_grad():
         plain = torch.export.export(case.module, case.example)
-    request = _request(plain, folder)
+    request = request_of(plain, folder)
     lowered = get_backend("tflite").lower(plain, request)
     content = (folder / lowered.file).read_bytes()
     calls = [{spec.name: one[spec.name].numpy() for spec in request.inputs} for one in case.calibration]
@@ -420,7 +389,7 @@ def _executorch(case: Case, folder: Path, plans: Sequence[str], defaults: bool) 
             path = folder / f"xnnpack-{name}.pte"
             path.write_bytes(edge.to_executorch().buffer)
             seconds = time.perf_counter() - started
-            run = _runner(case, "executorch", path, _request(plain, folder))
+            run = _runner(case, "executorch", path, request_of(plain, folder))
             run(case.held_out[0])
         except Exception as error:
             yield Failed(row, f"fails: {str(error).splitlines()[0][:120]}")
@@ -437,7 +406,7 @@ def _onnx(case: Case, folder: Path, plans: Sequence[str], defaults: bool) -> Ite
         return
     with torch.no_grad():
         plain = torch.export.export(case.module, case.example)
-    request = _request(plain, folder)
+    request = request_of(plain, folder)
     lowered = get_backend("onnx").lower(plain, request)
     calls = [{spec.name: one[spec.name].numpy() for spec in request.inputs} for one in case.calibration]
 

@@ -301,16 +301,7 @@ def _verify(
     work: Path,
 ) -> dict[str, Verified]:
     """Every backend's artifacts, executed where this host can; a backend with a component missing is not drawn with."""
-    stored = StoredReference(
-        root=work,
-        components=manifest.components,
-        fixtures=manifest.fixtures,
-        component_fixtures=manifest.component_fixtures,
-        sampler=manifest.sampler,
-        latent=manifest.latent,
-        planned=manifest.planned,
-        bounds=dict(truth.bounds),
-    )
+    stored = StoredReference.of(manifest, work)
     shared.progress.stage(f"{recipe.target}: verify", len(recipe.backends))
     verified = {}
     for backend in recipe.backends:

@@ -96,6 +96,9 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> dict[str,
 @click.option(
     "--calibration", type=click.Path(path_type=Path), metavar="FILE", help="Prompts, one a line. Default: what ships."
 )
+@click.option(
+    "--repairs/--no-repairs", default=True, show_default=True, help="Mend weights, biases and the sampler's schedule."
+)
 @reporting
 def command(
     model: Path,
@@ -110,13 +113,13 @@ def command(
     """Choose the precision of every op of MODEL for a device, within a budget of time, bytes and quality.
 
     The plan is a text file: change a line, and `edgegen build --plan FILE` builds what it then says. Latencies are
-    estimates from the target's tables; the picture's decibels are measured in torch.
+    estimates from the target's tables; the picture's decibels are measured in torch. What repairs change in the
+    weights lies beside the plan, in a file of the same name that ends in `.safetensors`: the two belong together.
     """
     from edgegen.build.recipe import chosen_backends
     from edgegen.cache import Cache
-    from edgegen.precision.file import write_plan
     from edgegen.precision.options import PlanOptions
-    from edgegen.precision.planner import make_plan
+    from edgegen.precision.planner import make_plan, write_planned
     from edgegen.students.load import load
     from edgegen.targets import load_target
 
@@ -127,7 +130,7 @@ def command(
     path = destination or Path(f"{student.config.name}-{device.name}.plan.toml")
     with output.progress() as progress:
         planned = make_plan(student, device, names, options, Cache(None), progress)
-        write_plan(path, planned.plan, planned.notes)
+        write_planned(path, planned)
     output.report({"path": str(path), **planned.summary()}, lambda: clean(_text(planned, path)))
 
 
@@ -144,6 +147,8 @@ def _text(planned: Planned, path: Path) -> str:
         f"  picture     {said['picture_psnr_db']:.1f} dB measured in torch, "
         f"{said['picture_psnr_db_estimated']:.1f} dB estimated"
     )
+    if "picture_psnr_db_unrepaired" in said:
+        lines.append(f"              {said['picture_psnr_db_unrepaired']:.1f} dB before the repairs")
     lines.append(f"  prompts     move the picture by {said['conditioning_change']:.1%} more or less than in float")
     if "alignment" in said:
         lines.append(f"  alignment   {said['alignment']:.1%}")
@@ -159,6 +164,9 @@ def _text(planned: Planned, path: Path) -> str:
             f"  sensitivity rank correlation {planned.rank_correlation:.3f} of the estimate with "
             f"{planned.confirmed} ops measured alone"
         )
+    if planned.repairs:
+        lines += ["", "  repairs, with dB against the float student before and after"]
+        lines += [f"    {one}" for one in planned.repairs]
     if len(plan.front) > 1:
         lines += ["", f"  {'latency':>10} {'bytes':>14} {'picture':>10}   of other plans (estimated)"]
         step = max(1, (len(plan.front) + SHOWN_POINTS - 1) // SHOWN_POINTS)

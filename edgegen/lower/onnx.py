@@ -174,7 +174,10 @@ class OnnxBackend:
         except Exception as error:
             raise EdgegenError(f"`{path.name}` cannot be read: {reason(error)}") from error
         text = next((entry.value for entry in model.metadata_props if entry.key == FX_VALUES), "{}")
-        by_node: dict[str, str] = json.loads(text)
+        # What a plan compressed has other nodes in its place, and with them other values.
+        there = {name for node in model.graph.node for name in node.output}
+        there |= {value.name for value in model.graph.input} | {value.name for value in model.graph.initializer}
+        by_node: dict[str, str] = {node: name for node, name in json.loads(text).items() if name in there}
         shown = {value.name for value in model.graph.output}
         wanted = [name for name in dict.fromkeys(by_node.values()) if name not in shown]
         # Types are left to onnxruntime's own inference.

@@ -54,6 +54,10 @@ class Measured:
     conditioning: float
     alignment: float | None = None
 
+    def said(self) -> str:
+        text = f"{self.psnr:.1f} dB, conditioning changed by {self.conditioning:.1%}"
+        return text if self.alignment is None else f"{text}, alignment {self.alignment:.1%}"
+
     def keeps(self, budget: Budget) -> bool:
         return (
             (budget.psnr is None or self.psnr >= budget.psnr)
@@ -186,14 +190,9 @@ def settle(
         return good
     assert nearest is not None
     raise GateError(
-        f"no plan that was tried keeps to the budget: the nearest is measured at {_said(nearest)}",
+        f"no plan that was tried keeps to the budget: the nearest is measured at {nearest.said()}",
         hint=f"ask for no more than that, or allow other precisions: `--min-psnr {math.floor(nearest.psnr)}`",
     )
-
-
-def _said(found: Measured) -> str:
-    text = f"{found.psnr:.1f} dB, conditioning changed by {found.conditioning:.1%}"
-    return text if found.alignment is None else f"{text}, alignment {found.alignment:.1%}"
 
 
 _FLAGS = {"bytes": "--max-size", "picture": "--min-psnr", "conditioning": "--max-conditioning"}

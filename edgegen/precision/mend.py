@@ -41,7 +41,9 @@ Tick = Callable[[], None]
 
 
 class Repair(BaseModel):
-    """What one repair did: dB before and after on prompts that it did not learn from, or why it changed nothing."""
+    """What one repair did, or why it changed nothing. dB against float: of a component's output, for roundings on the
+    calls that they are learned from and for biases on others; for schedules of the last latent of held-out prompts; of
+    the picture, of held-out prompts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -58,7 +60,7 @@ class Repair(BaseModel):
         decibels = ""
         if self.before_db is not None and self.after_db is not None:
             decibels = f"{self.before_db:.2f} -> {self.after_db:.2f} dB"
-        said = [decibels, f"{self.changed} changed" if self.changed else "left as it is", self.reason]
+        said = [decibels, f"{self.changed} changed" if self.changed else "", self.reason]
         return f"{self.name}, {self.where}: " + ", ".join(one for one in said if one)
 
 
@@ -165,9 +167,7 @@ class Mender:
 
         def make() -> tuple[Tensors, Any]:
             learned, held_out = (samples[name] for samples in self._samples)
-            tensors, records = repair_component(
-                repaired(self.networks[name], own).program, plan, learned, held_out
-            )
+            tensors, records = repair_component(repaired(self.networks[name], own).program, plan, learned, held_out)
             return tensors, [_said(record, name, tensors).model_dump() for record in records]
 
         parts = {"component": name, "plan": plan.model_dump(mode="json"), "tensors": content(own)}
@@ -201,9 +201,7 @@ class Mender:
                 factors[steps] = tuple((a, b) for a, b in found)
             where = f"{steps} step{'s' * (steps > 1)}"
             said.append(
-                Repair(
-                    name="q-sched", where=where, changed=len(found), before_db=before, after_db=after, reason=reason
-                )
+                Repair(name="q-sched", where=where, changed=len(found), before_db=before, after_db=after, reason=reason)
             )
         return factors, said
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from edgegen.precision.budget import Aim, Budget
 from edgegen.precision.file import Notes
 from edgegen.precision.plan import Precision, PrecisionPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgegen.precision.mend import Repair
 
 DEFAULT_PSNR = 30.0
 DEFAULT_CONDITIONING = 0.05
@@ -43,6 +48,9 @@ class PlanOptions(BaseModel):
     max_conditioning: float | None = None
     min_alignment: float | None = None
     aim: Aim | None = None
+    repairs: bool = False
+    """Scales moved, weights rounded, biases corrected and the schedule learned, where each helps: `edgegen plan` asks
+    for it. Such a plan has tensors beside it, so `write_planned` is what writes it."""
     samples: int = 4
     projections: int = 6
     confirmed: int = 12
@@ -95,6 +103,10 @@ class Planned:
     """Spearman's, of the estimated effects with the measured ones."""
     confirmed: int
     """Ops whose effect was measured alone."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """What repairs changed, `component/call:place`: the content of the file beside the plan's."""
+    repairs: tuple[Repair, ...] = ()
+    """What each repair did, and why others did nothing."""
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Component -> precision -> ops."""
@@ -112,5 +124,6 @@ class Planned:
             "predicted": self.plan.predicted,
             "rank_correlation": self.rank_correlation,
             "confirmed": self.confirmed,
+            "repairs": [one.model_dump() for one in self.repairs],
             "front": [point.model_dump() for point in self.plan.front],
         }

@@ -89,17 +89,19 @@ class Pictures:
         ]
 
     def conditioning(self, plans: Plans) -> float:
-        """By how much, as a share, these ops change the norm of what another prompt changes; measured, the mean over
-        samples of the magnitude. The denoiser is asked at the latents of the float picture, as gates ask it."""
+        """By how much, as a share, these ops change the norm or the direction of what another prompt changes: the
+        worst step of the worst sample, at the latents of the float picture, as gates measure it."""
         made = self._made(plans)
         found = []
         for sample, drawn in zip(self.samples, self.floats, strict=True):
             floats = [self._truth.answers(drawn, ids) for ids in (sample.ids, sample.other_ids)]
             others = [self.drawing.answers(drawn, ids, made) for ids in (sample.ids, sample.other_ids)]
-            stacked = [torch.cat(one).numpy() for one in (*floats, *others)]
-            ratio = sensitivity(*stacked).ratio
-            found.append(0.0 if ratio is None else abs(ratio - 1.0))
-        return sum(found) / len(found)
+            for answers in zip(*floats, *others, strict=True):
+                moved = sensitivity(*(one.numpy() for one in answers))
+                if moved.ratio is not None and moved.cosine is not None:
+                    turned = 1.0 / moved.cosine - 1.0 if moved.cosine > 0 else 1.0
+                    found.append(max(abs(moved.ratio - 1.0), turned))
+        return max(found, default=0.0)
 
     def _made(self, plans: Plans) -> dict[str, dict[str, Changed]]:
         return {name: self.networks[name].changes(ops) for name, ops in plans.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from edgegen.cache import Cache
 from edgegen.errors import UsageError
 from edgegen.precision.canonical import canonical_programs
 from edgegen.precision.cost import places, refusal
-from edgegen.precision.file import PlanFileError, bad_ranges, load_plan, nearest
+from edgegen.precision.file import PlanFileError, bad_ranges, load_plan, nearest, write_plan
 from edgegen.precision.options import Planned, PlanOptions, Progress
 from edgegen.precision.plan import COMPRESSED, ComponentPlan, OpPlan, PrecisionPlan
+from edgegen.precision.repair.q_sched import FARTHEST
+from edgegen.precision.repair.tensors import save
 from edgegen.precision.simulate import Network
 from edgegen.precision.sites import Site, sites
 from edgegen.precision.stages import Stages
@@ -42,6 +45,15 @@ def make_plan(
     networks = {name: Network(name, program, sites(program)) for name, program in made.items()}
     progress.advance()
     return Stages(student, target, tuple(backends), options, cache, progress, networks).make()
+
+
+def write_planned(path: Path, planned: Planned) -> None:
+    """Write the plan to `path` and, where repairs changed any, their tensors beside it: the same name with the suffix
+    `.safetensors`. The plan comes last, so that one that is there has its tensors."""
+    if planned.tensors:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path.with_suffix(".safetensors"), planned.tensors)
+    write_plan(path, planned.plan, planned.notes)
 
 
 def _check(student: Student, target: Target, backends: Sequence[str], options: PlanOptions) -> None:
@@ -102,7 +114,7 @@ def check_plan(
     stray = [name for name in plan.backends if name not in target.backends]
     if stray:
         raise PlanFileError([f"{where}backends: target `{target.name}` does not run `{stray[0]}`"])
-    problems = []
+    problems = _sampler_problems(plan, student, where)
     made = programs if programs is not None else canonical_programs(student)
     for name, part in plan.components.items():
         if name not in made:
@@ -115,6 +127,20 @@ def check_plan(
         ]
     if problems:
         raise PlanFileError(problems, hint="change those lines, or make the plan again")
+
+
+def _sampler_problems(plan: PrecisionPlan, student: Student, where: str) -> list[str]:
+    """Of the factors that a plan has for the sampler's steps."""
+    known = {} if student.config.sampler is None else student.config.sampler.times
+    problems = []
+    for steps, factors in plan.sampler.items():
+        if steps not in known:
+            problems.append(f"{where}sampler.{steps}: the student does not draw in {steps} steps")
+        elif len(factors) != len(known[steps]):
+            problems.append(f"{where}sampler.{steps}: has {len(factors)} pairs of factors for {steps} steps")
+        elif any(not math.isfinite(one) or abs(one - 1.0) > 2 * FARTHEST for pair in factors for one in pair):
+            problems.append(f"{where}sampler.{steps}: a factor is not near 1")
+    return problems
 
 
 def _component_problems(

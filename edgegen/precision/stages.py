@@ -3,51 +3,38 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache as memoize
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import edgegen
 from edgegen.cache import Cache
 from edgegen.errors import UsageError
 from edgegen.graph.count import count
-from edgegen.graph.edit import weights
 from edgegen.precision.budget import Budget, Measured, problem, psnr, refused, settle, within
 from edgegen.precision.calibrate import Ranges, affordable, calibrate_once
 from edgegen.precision.calls import Calls
 from edgegen.precision.canonical import canonical_passes, timesteps_of
-from edgegen.precision.choose import Choice, InfeasibleError, Problem, pareto
+from edgegen.precision.choose import Choice, InfeasibleError
 from edgegen.precision.cost import Candidate, candidates, float_precision, places
+from edgegen.precision.expected import expected, fp32_bytes, front
 from edgegen.precision.file import Notes
+from edgegen.precision.memo import kept, planner_fingerprint
+from edgegen.precision.mend import Mended, Mender, Repair
 from edgegen.precision.options import Planned, PlanOptions, Progress
 from edgegen.precision.pictures import Pictures, Sample
-from edgegen.precision.plan import ComponentPlan, FrontPoint, OpPlan, Precision, PrecisionPlan
+from edgegen.precision.plan import ComponentPlan, OpPlan, Precision, PrecisionPlan
 from edgegen.precision.prompts import default_settings, prompts_for
+from edgegen.precision.repair.tensors import content, serialised
 from edgegen.precision.sensitivity import Confirmed, Effect, Key, average, confirm
 from edgegen.precision.simulate import Drawing, Network
 from edgegen.students.sample import sampler_table
 from edgegen.students.student import Student
 from edgegen.targets import Target
 
-FRONT_POINTS = 12
 CONFIRMATION_MACS = 2e12
 """Multiply-accumulates that measuring single ops may take: about 20 s on two cores."""
 Experiment = Pictures | Calls
 Plans = Mapping[str, Mapping[str, OpPlan]]
-
-
-@memoize
-def planner_fingerprint() -> str:
-    """sha256 over the sources that decide a plan."""
-    root = Path(edgegen.__file__).parent
-    digest = hashlib.sha256(edgegen.__version__.encode())
-    for folder in ("graph", "precision", "rewrite", "students"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -61,8 +48,24 @@ class Stages:
     cache: Cache
     progress: Progress
     networks: Mapping[str, Network]
+    """Of the canonical graphs; of the equalised ones, once `equal` holds what was moved."""
+    equal: Mended = field(default_factory=lambda: Mended({}))
 
     def make(self) -> Planned:
+        """Every stage, with the repairs that `options` asks for."""
+        if not self.options.repairs:
+            return self._made(None)
+        pool = tuple(one for one in dict.fromkeys(self._prompts()) if one not in self._tried())
+        reason = Mender.refusal(self.student, pool)
+        if reason is not None:
+            made = self._made(None)
+            return replace(made, repairs=(Repair(name="repairs", where="all components", reason=reason),))
+        self.progress.stage("equalise", len(self.networks))
+        mender = Mender(self.student, self.networks, pool, self.cache, self.progress.advance)
+        equal = mender.equalised()
+        return replace(self, networks=equal.networks(self.networks), equal=equal)._made(mender)
+
+    def _made(self, mender: Mender | None) -> Planned:
         base = self.options.precision or float_precision(self.target, self.backends)
         found = self._candidates(base)
         observed = self._ranges()
@@ -99,9 +102,48 @@ class Stages:
             calibration=observed.calibration,
             budget=self.options.asked(budget),
             predicted=self._predicted(choice, measured, confirmed.rank_correlation),
-            front=self._front(whole),
+            front=front(whole, self.backends),
         )
-        return Planned(plan, _notes(options, confirmed), confirmed.rank_correlation, len(confirmed.measured))
+        notes = _notes(options, confirmed)
+        planned = Planned(plan, notes, confirmed.rank_correlation, len(confirmed.measured))
+        return planned if mender is None else self._mended(mender, planned, experiment, measured, budget)
+
+    def _mended(
+        self, mender: Mender, planned: Planned, experiment: Experiment, before: Measured, budget: Budget
+    ) -> Planned:
+        """With the repairs that come after the choice, where the plan still keeps to `budget` with them."""
+        plan = planned.plan
+        self.progress.stage("repair, measure", len(self.networks) + 2)
+        made = mender.mended(plan.components, self.equal)
+        plans = {name: part.ops for name, part in plan.components.items()}
+        after = before
+        if (made.tensors, made.schedule) != (self.equal.tensors, self.equal.schedule):
+            assert isinstance(experiment, Pictures)
+            drawing = Drawing(self.student, made.networks(mender.networks), made.schedule)
+            tried = replace(experiment, drawing=drawing, truth=Drawing(self.student, mender.networks))
+            after = self._measured(tried, plans, made)
+            if before.keeps(budget) and not after.keeps(budget):
+                reason = f"with them the plan misses its budget: {before.said()} became {after.said()}"
+                left = Repair(name="repairs", where="after the choice", reason=reason)
+                made, after = replace(self.equal, repairs=(*self.equal.repairs, left)), before
+        self.progress.advance()
+        tensors = made.flat()
+        predicted = plan.predicted | {
+            "picture_psnr_db": round(after.psnr, 3),
+            "picture_psnr_db_unrepaired": round(before.psnr, 3),
+            "conditioning_change": round(after.conditioning, 5),
+        }
+        if after.alignment is not None:
+            predicted["alignment"] = round(after.alignment, 4)
+        plan = plan.model_copy(
+            update={
+                "predicted": predicted,
+                "repairs": tuple(dict.fromkeys(one.name for one in made.repairs if one.changed)),
+                "tensors_sha256": hashlib.sha256(serialised(tensors)).hexdigest() if tensors else None,
+                "sampler": dict(made.schedule),
+            }
+        )
+        return replace(planned, plan=plan, tensors=tensors, repairs=made.repairs)
 
     def _latency(self) -> dict[str, float] | None:
         """Of each backend, the most that it may take as a share of fp32's."""
@@ -122,7 +164,7 @@ class Stages:
 
     def _size(self) -> int | None:
         ratio = self.options.max_size_ratio
-        return self.options.max_size if ratio is None else int(ratio * self._fp32_bytes())
+        return self.options.max_size if ratio is None else int(ratio * fp32_bytes(self.networks))
 
     def _candidates(self, base: Precision) -> dict[Key, tuple[Candidate, ...]]:
         found = {}
@@ -141,6 +183,7 @@ class Stages:
         programs = {name: network.program for name, network in self.networks.items()}
         prompts = self._prompts()[: affordable(programs, counts, settings)]
         passes = {name: str(canonical_passes(name, timesteps_of(self.student))) for name in self.networks}
+        passes |= {name: f"{passes[name]}, {content(one)}" for name, one in self.equal.tensors.items()}
         return calibrate_once(
             self.student,
             programs,
@@ -209,7 +252,8 @@ class Stages:
         self.progress.stage("sensitivity: one backward pass a sample", experiment.count)
         found = []
         for index in range(experiment.count):
-            made = self._kept(
+            made = kept(
+                self.cache,
                 "plan-estimate",
                 {**settings, "sample": index},
                 lambda index=index: _plain(experiment.estimate(index, options)),  # type: ignore[misc]
@@ -224,7 +268,7 @@ class Stages:
             confirmed = confirm(experiment, options, effects, top, spread, self.progress.advance)
             return [[*key, index, *pair] for (key, index), pair in confirmed.measured.items()]
 
-        rows = self._kept("plan-confirm", {**settings, "top": top, "spread": spread}, measure)
+        rows = kept(self.cache, "plan-confirm", {**settings, "top": top, "spread": spread}, measure)
         return Confirmed.of(effects, {((name, key), index): (a, b) for name, key, index, a, b in rows})
 
     def _confirmed(self, samples: int) -> tuple[int, int]:
@@ -234,16 +278,24 @@ class Stages:
         top, spread = (max(min(4, n), round(share * n)) for n in (self.options.confirmed, self.options.spread))
         return top, spread
 
-    def _measured(self, experiment: Experiment, plans: Plans) -> Measured:
+    def _measured(self, experiment: Experiment, plans: Plans, made: Mended | None = None) -> Measured:
+        """`plans` on `experiment`, whose graphs are those of `made` where repairs have changed them."""
+
         def measure() -> list[float | None]:
             alignment = None
             if self.options.min_alignment is not None:
                 alignment = self._alignment(experiment, plans)
             return [psnr(experiment.worst(plans)), experiment.conditioning(plans), alignment]
 
-        said = {name: {key: op.model_dump(mode="json") for key, op in made.items()} for name, made in plans.items()}
-        extra = {"plans": said, "alignment": self.options.min_alignment and self.options.alignment_prompts}
-        return Measured(*self._kept("plan-measure", {**self._settings({}), **extra}, measure))
+        said = {name: {key: op.model_dump(mode="json") for key, op in ops.items()} for name, ops in plans.items()}
+        extra: dict[str, Any] = {
+            "plans": said,
+            "alignment": self.options.min_alignment and self.options.alignment_prompts,
+        }
+        if made is not None:
+            extra["repaired"] = content(made.flat())
+            extra["schedule"] = {str(steps): factors for steps, factors in made.schedule.items()}
+        return Measured(*kept(self.cache, "plan-measure", {**self._settings({}), **extra}, measure))
 
     def _alignment(self, experiment: Experiment, plans: Plans) -> float:
         """Of the `shapes` student computed so, over an even share of its held-back prompts."""
@@ -251,7 +303,7 @@ class Stages:
 
         assert isinstance(experiment, Pictures)
         drawing = experiment.drawing
-        changed = {name: self.networks[name].changes(ops) for name, ops in plans.items()}
+        changed = {name: drawing.networks[name].changes(ops) for name, ops in plans.items()}
 
         def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Any:
             for prompt, seed in zip(prompts, seeds, strict=True):
@@ -260,48 +312,12 @@ class Stages:
         return evaluate(draw, self._steps(), self.options.alignment_prompts).alignment
 
     def _predicted(self, choice: Choice, measured: Measured, correlation: float | None) -> dict[str, float]:
-        shown = {
-            "picture_psnr_db": round(measured.psnr, 3),
-            "picture_psnr_db_estimated": round(psnr(choice.totals["picture"]), 3),
-            "conditioning_change": round(measured.conditioning, 5),
-            "bytes": choice.totals["bytes"],
-            "bytes_ratio": round(choice.totals["bytes"] / max(1.0, self._fp32_bytes()), 4),
-        }
-        if correlation is not None:
-            shown["rank_correlation"] = round(correlation, 4)
-        if measured.alignment is not None:
-            shown["alignment"] = round(measured.alignment, 4)
-        for name in self.backends:
-            ratio = choice.totals[f"latency {name}"]
-            shown[f"latency_ratio_estimated.{name}"] = round(ratio, 4)
-            speed = self.target.backend(name).speed
-            if speed is not None:
-                shown[f"latency_ms_estimated.{name}"] = round(ratio * 1e3 * self._macs() / speed.macs_per_second, 3)
-        return shown
+        return expected(
+            choice, measured, correlation, self.target, self.backends, self._macs(), fp32_bytes(self.networks)
+        )
 
     def _macs(self) -> int:
         return sum(count(one.program).macs * self._calls()[name] for name, one in self.networks.items())
-
-    def _fp32_bytes(self) -> float:
-        return float(
-            sum(
-                value.numel() * 4 if value.is_floating_point() else value.nbytes
-                for network in self.networks.values()
-                for value in weights(network.program).values()
-            )
-        )
-
-    def _front(self, whole: Problem) -> tuple[FrontPoint, ...]:
-        asked = within(whole, Budget(aim="loss"), self.backends)
-        along = f"latency {self.backends[0]}"
-        return tuple(
-            FrontPoint(
-                latency_ratio=round(one.totals[along], 4),
-                bytes=int(one.totals["bytes"]),
-                picture_psnr_db=round(psnr(one.totals["picture"]), 2),
-            )
-            for one in pareto(asked, along, FRONT_POINTS)
-        )
 
     def _settings(self, options: Mapping[Key, tuple[OpPlan, ...]]) -> dict[str, Any]:
         """What decides a measurement: a changed planner never reuses what an older one measured."""
@@ -315,17 +331,8 @@ class Stages:
             "projections": self.options.projections,
             "seed": self.options.seed,
             "steps": [self.options.steps, self._calls()],
-            "planner": planner_fingerprint(),
+            "equalised": {name: content(one) for name, one in self.equal.tensors.items()},
         }
-
-    def _kept(self, stage: str, parts: dict[str, Any], make: Callable[[], Any]) -> Any:
-        """`make()`, JSON values, from the cache where it was made before."""
-
-        def build(folder: Path) -> None:
-            (folder / "made.json").write_text(json.dumps(make()))
-
-        entry = self.cache.directory(self.cache.key(stage, **parts), build)
-        return json.loads((entry / "made.json").read_text())
 
 
 def _plain(effects: Mapping[Key, tuple[Effect, ...]]) -> list[Any]:

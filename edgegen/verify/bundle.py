@@ -63,17 +63,7 @@ def raise_unless_met(path: Path, reports: Sequence[ParityReport]) -> None:
 
 def stored_reference(bundle: Bundle) -> StoredReference:
     """The reference that a bundle carries."""
-    manifest = bundle.manifest
-    return StoredReference(
-        root=bundle.root.resolve(),
-        components=manifest.components,
-        fixtures=manifest.fixtures,
-        component_fixtures=manifest.component_fixtures,
-        sampler=manifest.sampler,
-        latent=manifest.latent,
-        planned=manifest.planned,
-        bounds={} if manifest.plan is None else manifest.plan.bounds,
-    )
+    return StoredReference.of(bundle.manifest, bundle.root.resolve())
 
 
 def _job(bundle: Bundle, backend: str, folder: Path, require_full_delegation: bool, accumulate: Sums) -> VerifyJob:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from edgegen.bundle.manifest import ComponentFixture, ComponentIO, Fixture, Gates, PlanBound, SamplerTable
+from edgegen.bundle.manifest import ComponentFixture, ComponentIO, Fixture, Gates, Manifest, PlanBound, SamplerTable
 from edgegen.child import child_main, leave, run_child
 from edgegen.errors import EdgegenError
 from edgegen.lower.backend import Delegation, HeldTo, get_backend
@@ -46,6 +46,20 @@ class StoredReference(BaseModel):
     latent: LatentConfig | None = None
     planned: dict[str, tuple[dict[str, str], ...]] = {}
     bounds: dict[str, PlanBound] = {}
+
+    @classmethod
+    def of(cls, manifest: Manifest, root: Path) -> StoredReference:
+        """What `manifest` says of the files below `root`."""
+        return cls(
+            root=root,
+            components=manifest.components,
+            fixtures=manifest.fixtures,
+            component_fixtures=manifest.component_fixtures,
+            sampler=manifest.sampler,
+            latent=manifest.latent,
+            planned=manifest.planned,
+            bounds={} if manifest.plan is None else manifest.plan.bounds,
+        )
 
     def restored(self) -> Reference:
         """The reference itself. EdgegenError names a file that is not the array it should be."""

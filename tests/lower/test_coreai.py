@@ -99,9 +99,9 @@ def test_asset_tells_neither_when_nor_where(assets):
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_bytes(lowering, tmp_path, capfd):
+def test_two_processes_write_the_same_bytes(tiny, tmp_path, capfd):
     """The worker's child, and a process with another hash seed that is given the same program."""
-    part = lowering.parts["denoiser"]
+    part = tiny.components["denoiser"]
     program = ToHalf()(capture(part)).program
     folders = [tmp_path / "worker", tmp_path / "other"]
     folders[1].mkdir()

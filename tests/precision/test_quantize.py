@@ -305,3 +305,20 @@ def test_the_reference_under_a_plan(denoiser):
     assert np.array_equal(found.outputs["prediction"], wanted.numpy())
     untouched = fake_quant_reference({}, {"denoiser": ComponentPlan(float_precision="fp32")}, samples)
     assert untouched["denoiser"] == (sample,)
+
+
+def test_biases_are_whole_steps_of_the_int32_sums(block, image):
+    plan = planned(block, image, "w8a8", kinds=("conv",))
+    graph, _ = run(block, plan, image)
+    held, biases = weights(graph), 0
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.conv2d.default:
+            given, weight, bias = node.args[:3]
+            steps = held[bias.name].double() / (given.args[1] * held[weight.args[1].name].double())
+            assert (steps - steps.round()).abs().max() < 1e-2, "in float32 a whole number of steps is near one"
+            biases += 1
+    assert biases == 2
+    dynamic, _ = run(block, planned(block, image, "w8a8-dynamic", kinds=("conv",)), image)
+    before = [value for name, value in weights(block).items() if name.endswith("bias")]
+    after = [value for value in weights(dynamic).values() if value.dim() == 1 and value.dtype == torch.float32]
+    assert all(any(torch.equal(one, other) for other in after) for one in before), "added in float"

@@ -1,0 +1,63 @@
+"""What the benchmarks share: what they were run on, and artifacts that are called in turns."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from edgegen.graph.capture import signature
+from edgegen.graph.tensor_spec import TensorSpec
+from edgegen.lower.backend import LowerRequest, get_backend
+from edgegen.profile.host import runtime_versions, this_host
+
+WARM_UP = 3
+"""Turns that do not count."""
+
+
+def settings_of(backends: Sequence[str], threads: int, **more: str) -> dict[str, str]:
+    """For the head of a table: how it was made, on what, with which versions; `more` is what else to say."""
+    host = this_host()
+    versions = {"torch": metadata.version("torch"), "numpy": metadata.version("numpy")}
+    for name in backends:
+        versions.update(runtime_versions(get_backend(name)))
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "cpu": host.cpu,
+        "system": f"{host.os}, Python {platform.python_version()}",
+        "threads": str(threads),
+        **more,
+        "load average at the start": str(host.load_average),
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
+    }
+
+
+def in_turns(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of each: one call of every one, then again, so that a busy machine slows all of them down."""
+    taken: list[list[float]] = [[] for _ in calls]
+    for turn in range(WARM_UP + repeats):
+        for place, call in enumerate(calls):
+            started = time.perf_counter()
+            call()
+            if turn >= WARM_UP:
+                taken[place].append(time.perf_counter() - started)
+    return [statistics.median(times) for times in taken]
+
+
+def request_of(program: ExportedProgram, folder: Path) -> LowerRequest:
+    """What a backend is told of a graph that is lowered for itself, in fp32; outputs are `output_0`, `output_1`, ..."""
+    (values,) = program.graph.output_node().args
+    outputs = tuple(_spec(f"output_{place}", value.meta["val"]) for place, value in enumerate(values))
+    return LowerRequest("benchmark", signature(program), outputs, "fp32", folder)
+
+
+def _spec(name: str, value: Tensor) -> TensorSpec:
+    dtype = str(value.dtype).removeprefix("torch.")
+    return TensorSpec.model_validate({"name": name, "shape": tuple(value.shape), "dtype": dtype})
