@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgegen.cli.console import Output, reporting
+from edgegen.cli.console import Output, names_between_commas, reporting
 
 if TYPE_CHECKING:
     from edgegen.build.pipeline import Built
@@ -16,19 +16,16 @@ if TYPE_CHECKING:
     from edgegen.lower.backend import Precision
 
 
-def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    """Comma-separated names; click.BadParameter for an empty one."""
-    if value is None:
-        return None
-    names = tuple(name.strip() for name in value.split(","))
-    if not all(names):
-        raise click.BadParameter("an empty name between commas")
-    return tuple(dict.fromkeys(names))
-
-
 @click.command("build")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--target", "targets", required=True, callback=_names, metavar="NAME[,NAME]", help="Device to build for.")
+@click.option(
+    "--target",
+    "targets",
+    required=True,
+    callback=names_between_commas,
+    metavar="NAME[,NAME]",
+    help="Device to build for.",
+)
 @click.option(
     "--output",
     "-o",
@@ -37,7 +34,11 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
     help="Bundle folder; its parent for several targets.",
 )
 @click.option(
-    "--backend", "backends", callback=_names, metavar="NAME[,NAME]|all", help="Default: what the target prefers."
+    "--backend",
+    "backends",
+    callback=names_between_commas,
+    metavar="NAME[,NAME]|all",
+    help="Default: what the target prefers.",
 )
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), help="Default: the target's, per backend.")
 @click.option(

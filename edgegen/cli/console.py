@@ -270,3 +270,13 @@ def _abandon_stdout() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)
+
+
+def names_between_commas(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Comma-separated names; click.BadParameter for an empty one."""
+    if value is None:
+        return None
+    names = tuple(name.strip() for name in value.split(","))
+    if not all(names):
+        raise click.BadParameter("an empty name between commas")
+    return tuple(dict.fromkeys(names))

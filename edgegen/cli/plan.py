@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgegen.cli.console import Output, clean, reporting
+from edgegen.cli.console import Output, clean, names_between_commas, reporting
 
 if TYPE_CHECKING:
     from edgegen.precision.options import Planned
@@ -16,16 +16,6 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _NUMBER = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([a-zA-Z%]{0,3})")
 SHOWN_POINTS = 6
-
-
-def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    """Comma-separated names; click.BadParameter for an empty one."""
-    if value is None:
-        return None
-    names = tuple(name.strip() for name in value.split(","))
-    if not all(names):
-        raise click.BadParameter("an empty name between commas")
-    return tuple(dict.fromkeys(names))
 
 
 def _amount(value: str, wanted: str) -> tuple[float, str]:
@@ -65,7 +55,11 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> dict[str,
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--target", required=True, metavar="NAME", help="Device to plan for.")
 @click.option(
-    "--backend", "backends", callback=_names, metavar="NAME[,NAME]|all", help="Default: what the target prefers."
+    "--backend",
+    "backends",
+    callback=names_between_commas,
+    metavar="NAME[,NAME]|all",
+    help="Default: what the target prefers.",
 )
 @click.option(
     "--output", "-o", "destination", type=click.Path(path_type=Path, dir_okay=False), help="Plan file: .toml or .json."
@@ -73,7 +67,7 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> dict[str,
 @click.option(
     "--precision-set",
     "precisions",
-    callback=_names,
+    callback=names_between_commas,
     metavar="LIST",
     help="What may be used beside the float: `w8a8,w8`. Default: all that the target executes.",
 )

@@ -117,9 +117,9 @@ def _solve(problem: Problem) -> Choice | None:
     with _muted():
         result = milp(
             objective,
-            integrality=np.ones(len(objective)),
+            integrality=np.ones(len(objective), dtype=np.int64),
             bounds=Bounds(0, 1),
-            constraints=[_one_each(problem.items), *_caps(problem)],
+            constraints=[LinearConstraint(_options_of(problem.items), 1, 1), *_caps(problem)],
             options={"time_limit": 60.0, "mip_rel_gap": 1e-7},
         )
     return _choice(problem, result)
@@ -142,11 +142,12 @@ def _objective(problem: Problem) -> Row:
     return made
 
 
-def _one_each(items: Sequence[Item]) -> LinearConstraint:
+def _options_of(items: Sequence[Item]) -> csr_array[np.float64, tuple[int, int]]:
+    """A row an item, with a one for each of its options: of each row exactly one is chosen."""
     sizes = [len(item.options) for item in items]
     rows = np.repeat(np.arange(len(items)), sizes)
     columns = np.arange(sum(sizes))
-    return LinearConstraint(csr_array((np.ones(len(columns)), (rows, columns))), 1, 1)
+    return csr_array((np.ones(len(columns)), (rows, columns)))
 
 
 def _caps(problem: Problem) -> list[LinearConstraint]:
@@ -189,17 +190,17 @@ def _nearest(problem: Problem) -> Choice:
     """With an excess of each cap as one more variable, all of them minimised."""
     count = sum(len(item.options) for item in problem.items)
     over = len(problem.caps)
-    each = _one_each(problem.items).A
+    each = _options_of(problem.items)
     rows, rooms = [], []
     for index, constraint in enumerate(_caps(problem)):
         excess = np.zeros((1, over))
         excess[0, index] = -1.0
-        rows.append(np.hstack([constraint.A, excess]))
+        rows.append(np.hstack([np.asarray(constraint.A), excess]))
         rooms.append(constraint.ub)
     with _muted():
         result = milp(
             np.concatenate([TIE * _objective(problem), np.ones(over)]),
-            integrality=np.concatenate([np.ones(count), np.zeros(over)]),
+            integrality=np.concatenate([np.ones(count, dtype=np.int64), np.zeros(over, dtype=np.int64)]),
             bounds=Bounds(0, np.concatenate([np.ones(count), np.full(over, np.inf)])),
             constraints=[
                 LinearConstraint(hstack([each, csr_array((len(problem.items), over))]), 1, 1),

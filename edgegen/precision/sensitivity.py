@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 from scipy.stats import spearmanr
 
 from edgegen.precision.plan import OpPlan
@@ -107,7 +108,8 @@ class Confirmed:
         """Spearman's, of estimates with measurements; None for fewer than three."""
         if len(self.measured) < 3:
             return None
-        return float(spearmanr(*zip(*self.measured.values(), strict=True)).statistic)
+        pairs = np.array(list(self.measured.values()), dtype=np.float64)
+        return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
 
 
 def confirm(
