@@ -171,7 +171,12 @@ def _measure(
 def _peak(path: Path, arithmetic: Arithmetic) -> int:
     """Open, compute once, and give the highest resident size of this process in bytes."""
     Program.open(path, arithmetic=arithmetic)(arrays())
-    # `ru_maxrss` (getrusage(2)) is in KiB on Linux and in bytes on macOS.
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not `ru_maxrss`: on Linux that starts at what the parent had when it forked, and the parent holds the network.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    # getrusage(2): KiB, on macOS bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
