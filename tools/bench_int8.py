@@ -49,8 +49,8 @@ from edgegen.rewrite.choose import shape_preset
 from edgegen.rewrite.pipeline import Pipeline
 from edgegen.rewrite.presets import canonical
 from edgegen.students.load import load
+from edgegen.students.networks.unet import UNet, UNetConfig
 from edgegen.students.shapes import family
-from edgegen.students.unet import UNet, UNetConfig
 from edgegen.verify.metrics import sqnr_db
 from edgegen.verify.reference import reference
 

@@ -35,7 +35,7 @@ from pydantic import BaseModel
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import LowerRequest, Precision, get_backend
 from edgegen.profile.host import this_host
-from edgegen.students.unet import UNet, UNetConfig
+from edgegen.students.networks.unet import UNet, UNetConfig
 from edgegen.verify.metrics import sqnr_db
 from mlprogram import Arithmetic, Program
 

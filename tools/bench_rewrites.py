@@ -48,8 +48,8 @@ from edgegen.rewrite.half_safety import make_half_safe
 from edgegen.rewrite.pipeline import Pipeline
 from edgegen.rewrite.presets import canonical
 from edgegen.students.load import load
+from edgegen.students.networks.unet import UNet, UNetConfig
 from edgegen.students.shapes import family
-from edgegen.students.unet import UNet, UNetConfig
 from edgegen.verify.metrics import sqnr_db
 from mlprogram import Program
 

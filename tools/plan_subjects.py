@@ -15,9 +15,9 @@ from edgegen.precision.memo import planner_fingerprint
 from edgegen.precision.plan import OpPlan
 from edgegen.precision.prompts import default_settings, prompts_for
 from edgegen.precision.simulate import Changed, Network
+from edgegen.students.networks.tiny_decoder import TinyDecoder
+from edgegen.students.networks.unet import Attention, FeedForward
 from edgegen.students.student import Component, Student
-from edgegen.students.tiny_decoder import TinyDecoder
-from edgegen.students.unet import Attention, FeedForward
 
 FACTOR = 100.0
 CHANNEL = 5

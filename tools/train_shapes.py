@@ -34,13 +34,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from edgegen.students.clip_text import ClipTextEncoder
+from edgegen.students.networks.clip_text import ClipTextEncoder
+from edgegen.students.networks.tiny_decoder import TinyDecoder, TinyEncoder
+from edgegen.students.networks.unet import UNet
 from edgegen.students.shapes import family
 from edgegen.students.shapes.grammar import Scene, held_back, training_scenes
 from edgegen.students.shapes.judge import alignment, shows
 from edgegen.students.shapes.render import render_batch
-from edgegen.students.tiny_decoder import TinyDecoder, TinyEncoder
-from edgegen.students.unet import UNet
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 TWO_OBJECT_SHARE = 0.8

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from edgegen.errors import EdgegenError
-from edgegen.students.clip_text import ClipTextConfig, ClipTextEncoder
-from edgegen.students.tiny_decoder import TinyDecoder, TinyDecoderConfig
-from edgegen.students.unet import UNet, UNetConfig
+from edgegen.students.networks.clip_text import ClipTextConfig, ClipTextEncoder
+from edgegen.students.networks.tiny_decoder import TinyDecoder, TinyDecoderConfig
+from edgegen.students.networks.unet import UNet, UNetConfig
 
 ARCHITECTURES: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "clip_text": (ClipTextConfig, ClipTextEncoder),

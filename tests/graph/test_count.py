@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgegen.graph.capture import capture
 from edgegen.graph.count import GraphCount, count
-from edgegen.students.unet import UNet, UNetConfig
+from edgegen.students.networks.unet import UNet, UNetConfig
 
 
 class Apply(nn.Module):

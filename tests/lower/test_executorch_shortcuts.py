@@ -9,7 +9,7 @@ from torch import nn
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower import executorch as backend
 from edgegen.lower.backend import LowerRequest
-from edgegen.students.unet import Stage
+from edgegen.students.networks.unet import Stage
 
 pytest.importorskip("executorch.exir")
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from edgegen.graph.evaluate import evaluate
 from edgegen.lower.expand import NotExpandable, expand, needs_expansion
-from edgegen.students.unet import UNet, UNetConfig
+from edgegen.students.networks.unet import UNet, UNetConfig
 
 aten = torch.ops.aten
 CORE = dict(torch._decomp.core_aten_decompositions().items())

@@ -49,7 +49,7 @@ def test_the_shipped_student(shapes_programs, component, backend):
 
 @pytest.mark.slow
 def test_a_larger_unet():
-    from edgegen.students.unet import UNet, UNetConfig
+    from edgegen.students.networks.unet import UNet, UNetConfig
 
     torch.manual_seed(0)
     # Three levels with attention, narrow: sites are a matter of structure.

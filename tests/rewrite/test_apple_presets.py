@@ -7,7 +7,7 @@ from edgegen.graph.evaluate import evaluate
 from edgegen.rewrite.base import census
 from edgegen.rewrite.pipeline import Pipeline
 from edgegen.rewrite.presets import canonical, coreai, coreml
-from edgegen.students.unet import UNet, UNetConfig
+from edgegen.students.networks.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(
     sample_size=8,

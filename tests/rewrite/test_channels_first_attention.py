@@ -7,7 +7,7 @@ from torch import nn
 
 from edgegen.rewrite.base import census
 from edgegen.rewrite.channels_first_attention import ChannelsFirstAttention
-from edgegen.students.unet import Attention
+from edgegen.students.networks.unet import Attention
 
 FORMS = ("split", "whole")
 

@@ -8,8 +8,8 @@ from torch import nn
 from edgegen.rewrite.base import census
 from edgegen.rewrite.channels_first_attention import ChannelsFirstAttention
 from edgegen.rewrite.channels_first_tokens import ChannelsFirstTokens
-from edgegen.students.clip_text import ClipTextConfig, ClipTextEncoder
-from edgegen.students.unet import SpatialTransformer
+from edgegen.students.networks.clip_text import ClipTextConfig, ClipTextEncoder
+from edgegen.students.networks.unet import SpatialTransformer
 
 MOVES = ("aten.transpose", "aten.permute")
 

@@ -12,7 +12,7 @@ from edgegen.lower.backend import LowerRequest
 from edgegen.rewrite.base import census
 from edgegen.rewrite.pipeline import Pipeline
 from edgegen.rewrite.presets import canonical, onnx, tflite
-from edgegen.students.unet import UNet, UNetConfig
+from edgegen.students.networks.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(
     sample_size=8,

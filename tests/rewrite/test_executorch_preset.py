@@ -7,8 +7,8 @@ from edgegen.graph.evaluate import evaluate
 from edgegen.rewrite.base import census
 from edgegen.rewrite.pipeline import Pipeline
 from edgegen.rewrite.presets import canonical, executorch
-from edgegen.students.clip_text import ClipTextConfig, ClipTextEncoder
-from edgegen.students.unet import UNet, UNetConfig
+from edgegen.students.networks.clip_text import ClipTextConfig, ClipTextEncoder
+from edgegen.students.networks.unet import UNet, UNetConfig
 from edgegen.verify.metrics import sqnr_db
 
 UNDELEGATED = (

@@ -6,8 +6,8 @@ from torch import nn
 
 from edgegen.rewrite.base import census
 from edgegen.rewrite.explicit_attention import ExplicitAttention
-from edgegen.students.clip_text import ClipTextConfig, ClipTextEncoder
-from edgegen.students.unet import Attention
+from edgegen.students.networks.clip_text import ClipTextConfig, ClipTextEncoder
+from edgegen.students.networks.unet import Attention
 
 attend = nn.functional.scaled_dot_product_attention
 BOTH = pytest.mark.parametrize("rank", [3, 4])

@@ -6,7 +6,7 @@ from torch import nn
 
 from edgegen.rewrite.fold_bias_add import FoldBiasAdd
 from edgegen.rewrite.specialise_timestep import SpecialiseTimestep
-from edgegen.students.unet import ResnetBlock
+from edgegen.students.networks.unet import ResnetBlock
 
 ARITHMETIC = dict.fromkeys(("aten.add", "aten.sub", "aten.mul", "aten.div"), 0)
 X = torch.randn(2, 4, 5, 5)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from edgegen.rewrite.merge_repeated_cat import MergeRepeatedCat
-from edgegen.students.unet import ResnetBlock, UNet, UNetConfig
+from edgegen.students.networks.unet import ResnetBlock, UNet, UNetConfig
 
 X = torch.randn(1, 4, 5, 5)
 

@@ -8,7 +8,7 @@ from edgegen.errors import EdgegenError
 from edgegen.graph.edit import user_inputs
 from edgegen.rewrite.base import census
 from edgegen.rewrite.specialise_timestep import SpecialiseTimestep
-from edgegen.students.unet import UNet, UNetConfig
+from edgegen.students.networks.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(
     sample_size=8,

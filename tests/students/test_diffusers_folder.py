@@ -10,10 +10,10 @@ import torch
 
 from edgegen.errors import EdgegenError
 from edgegen.students.load import load
+from edgegen.students.networks.unet import UNet
 from edgegen.students.schedulers import sampler_from
 from edgegen.students.shapes.family import WEIGHTS
 from edgegen.students.student import Component, Student
-from edgegen.students.unet import UNet
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

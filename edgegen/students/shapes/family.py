@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgegen.graph.tensor_spec import TensorSpec
-from edgegen.students.clip_text import ClipTextConfig
 from edgegen.students.config import ComponentConfig, LatentConfig, StudentConfig
+from edgegen.students.networks.clip_text import ClipTextConfig
+from edgegen.students.networks.tiny_decoder import TinyDecoderConfig
+from edgegen.students.networks.unet import UNetConfig
 from edgegen.students.sampler import SamplerConfig
 from edgegen.students.shapes.grammar import vocabulary
-from edgegen.students.tiny_decoder import TinyDecoderConfig
-from edgegen.students.unet import UNetConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

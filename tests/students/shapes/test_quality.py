@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from edgegen.students.networks.tiny_decoder import Block
 from edgegen.students.sample import draw_many
 from edgegen.students.shapes.evaluate import evaluate
 from edgegen.students.student import Component, Student
-from edgegen.students.tiny_decoder import Block
 
 
 def score(student, steps, limit=None):
