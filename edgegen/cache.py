@@ -1,7 +1,8 @@
 """Stages cached by content: an entry is named by a hash of everything that decides it, and is whole or not there.
 
 Layout, under the cache's root: `edgegen-cache-v1/entries/<key>/` are the entries, each with an index of its own files;
-`building/<key>.<random>/` is where one is made before it is renamed into place; `locks/` holds one file lock a key
+`building/<key>.<random>/` is where one is made before it is renamed into place; `unfinished/<key>/` is what a long
+build wants to find again after it was killed, gone when the entry is there; `locks/` holds one file lock a key
 while that key is being made, so that a second builder waits for the first instead of doing the work twice;
 `in-use.lock` is held shared by everyone who uses the cache and exclusively by `clean`. A lock dies with its process.
 """
@@ -103,11 +104,21 @@ class Cache:
         except _BuildFailed as failed:
             raise failed.error from failed.error.__cause__
 
+    def unfinished(self, key: str) -> Path:
+        """A folder for the state of a long build of `key`, to be asked for inside that build alone: it outlives a
+        killed process, and goes when the entry is there."""
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"{key!r} is not a key made by Cache.key")
+        with self._explained():
+            folder = self._home / "unfinished" / key
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+
     def size(self) -> Held:
         """Entries and bytes on disk, litter of killed builds included."""
         entries = self._home / "entries"
         count = sum(1 for _ in entries.iterdir()) if entries.is_dir() else 0
-        return Held(count, sum(_bytes(self._home / part) for part in ("entries", "building")))
+        return Held(count, sum(_bytes(self._home / part) for part in ("entries", "building", "unfinished")))
 
     def clean(self) -> Held:
         """Delete every entry and all litter; EdgegenError while another process uses the cache."""
@@ -119,7 +130,7 @@ class Cache:
             try:
                 _flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = self.size()
-                for part in ("entries", "building", "locks"):
+                for part in ("entries", "building", "unfinished", "locks"):
                     if (self._home / part).exists():
                         shutil.rmtree(self._home / part)
             except BlockingIOError as error:
@@ -224,6 +235,7 @@ class Cache:
             _sync(folder)
             folder.rename(entry)
             _sync_folder(entry.parent)
+            shutil.rmtree(self._home / "unfinished" / key, ignore_errors=True)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

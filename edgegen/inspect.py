@@ -18,6 +18,7 @@ from edgegen.students.sampler import SamplerStep
 
 if TYPE_CHECKING:
     from edgegen.graph.count import GraphCount
+    from edgegen.students.source import Source
     from edgegen.students.student import Student
     from edgegen.targets import Target
 
@@ -88,11 +89,17 @@ class Inspection(_Model):
     """The target of a bundle; `target` is the one that was asked about."""
     target: str | None
     components: dict[str, ComponentFacts]
+    notes: tuple[str, ...] = ()
+    """What a reader must know of the checkpoint itself."""
+    conditions: dict[str, float] = {}
+    """Scalars of the denoiser, with their defaults."""
     default_steps: int | None = None
     sampler: dict[int, tuple[SamplerStep, ...]] = {}
     artifacts: tuple[ArtifactFacts, ...] = ()
     backends: tuple[BackendFacts, ...] = ()
     declined: dict[str, str] = {}
+    unavailable: tuple[str, ...] = ()
+    """What cannot be had of a student without prompts, in words."""
 
     @property
     def counted(self) -> bool:
@@ -100,14 +107,15 @@ class Inspection(_Model):
         return all(part.parameters is not None for part in self.components.values())
 
 
-def inspect_path(path: Path, target_name: str | None = None) -> Inspection | PackageFacts:
+def inspect_path(path: Path, target_name: str | None = None, source: Source | None = None) -> Inspection | PackageFacts:
     """Inspect the bundle, model or `.mlpackage` at `path`; raises what opening and loading raise, UsageError for
-    the target."""
+    the target. `source` is for a model: what to do to it when it is opened."""
     from edgegen.bundle.open import MANIFEST
+    from edgegen.errors import UsageError
+    from edgegen.students.source import Source
 
+    source = source or Source()
     if not path.exists():
-        from edgegen.errors import UsageError
-
         raise UsageError(
             f"`{path}` does not exist", hint="name a checkpoint, a diffusers folder, a bundle or a `.mlpackage`"
         )
@@ -116,19 +124,21 @@ def inspect_path(path: Path, target_name: str | None = None) -> Inspection | Pac
         from edgegen.targets import load_target
 
         target = load_target(target_name)
-    if (path / MANIFEST).is_file():
+    finished = (path / MANIFEST).is_file()
+    if (finished or is_package(path)) and source != Source():
+        raise UsageError(f"`{path}` is compiled: nothing is merged or made there any more", hint="inspect the model")
+    if finished:
         return inspect_bundle(path, target)
     if is_package(path):
         return package_facts(path)
-    from edgegen.students.load import load
-
-    return inspect_student(load(path), target)
+    return inspect_student(source.open(path), target)
 
 
 def inspect_student(student: Student, target: Target | None = None) -> Inspection:
     """Capture and count every component of `student`."""
     from edgegen.graph.capture import capture
     from edgegen.graph.count import count
+    from edgegen.students.source import unavailable
 
     counts: dict[str, GraphCount] = {}
     core: dict[str, Mapping[str, int]] = {}
@@ -153,9 +163,12 @@ def inspect_student(student: Student, target: Target | None = None) -> Inspectio
             name: ComponentFacts(inputs=part.inputs, outputs=part.outputs, **counts[name].model_dump())
             for name, part in student.components.items()
         },
+        notes=student.config.notes,
+        conditions=student.config.conditions,
         default_steps=sampler.default_steps if sampler is not None else None,
         sampler={steps: sampler.table(steps) for steps in sorted(sampler.times)} if sampler is not None else {},
         backends=tuple(backend_facts(name, target, core) for name in BACKENDS),
+        unavailable=unavailable(student),
     )
 
 
@@ -178,6 +191,8 @@ def inspect_bundle(path: Path, target: Target | None = None) -> Inspection:
         components={
             name: ComponentFacts(inputs=io.inputs, outputs=io.outputs) for name, io in manifest.components.items()
         },
+        notes=manifest.notes,
+        conditions=manifest.conditions,
         default_steps=sampler.default_steps if sampler is not None else None,
         sampler=dict(sorted(sampler.tables.items())) if sampler is not None else {},
         artifacts=tuple(

@@ -119,3 +119,11 @@ def tiny_bundle(tiny_contents, tmp_path):
     from edgegen.bundle.write import write_bundle
 
     return write_bundle(tmp_path / "tiny", tiny_contents)
+
+
+@pytest.fixture(scope="session")
+def film():
+    """A student that starts from a picture and makes a video, with a scalar beside it."""
+    from tests.film import student
+
+    return student()

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from int8_ours import by_component
 from plan_subjects import FACTOR, naive, planted
 from pydantic import BaseModel
 from turns import in_turns, request_of, settings_of
@@ -42,7 +43,7 @@ from edgegen.precision.pictures import Pictures, Sample
 from edgegen.precision.plan import OpPlan
 from edgegen.precision.planner import make_plan
 from edgegen.precision.prompts import prompts_for
-from edgegen.precision.repair.tensors import Tensors, content
+from edgegen.precision.repair.tensors import content
 from edgegen.precision.simulate import Drawing, Network
 from edgegen.precision.sites import sites
 from edgegen.rewrite.choose import shape_preset
@@ -180,14 +181,6 @@ class Bench:
         plans = {name: part.ops for name, part in made.plan.components.items()}
         identity = [content(dict(made.tensors)), {str(steps): one for steps, one in mended.schedule.items()}]
         yield from self.rows(row, drawing, plans, made.plan.predicted["bytes_ratio"], identity)
-
-
-def by_component(made: Planned) -> dict[str, Tensors]:
-    found: dict[str, Tensors] = {}
-    for name, tensor in made.tensors.items():
-        component, _, rest = name.partition("/")
-        found.setdefault(component, {})[rest] = tensor
-    return found
 
 
 def main() -> None:

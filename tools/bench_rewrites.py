@@ -21,34 +21,30 @@ import gc
 import importlib
 import json
 import os
-import platform
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 from pydantic import BaseModel
+from subjects import BIG, SMALL
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from turns import WARM_UP, in_turns, request_of, settings_of
 
-from edgegen.graph.capture import signature
 from edgegen.graph.edit import user_inputs
-from edgegen.graph.tensor_spec import TensorSpec
-from edgegen.lower.backend import Array, Backend, LowerRequest, Precision, get_backend
-from edgegen.profile.host import runtime_versions, this_host
+from edgegen.lower.backend import Array, Backend, Precision, get_backend
 from edgegen.rewrite.base import census
 from edgegen.rewrite.choose import shape_preset
 from edgegen.rewrite.half_safety import make_half_safe
 from edgegen.rewrite.pipeline import Pipeline
 from edgegen.rewrite.presets import canonical
 from edgegen.students.load import load
-from edgegen.students.networks.unet import UNet, UNetConfig
+from edgegen.students.networks.unet import UNet
 from edgegen.students.shapes import family
 from edgegen.verify.metrics import sqnr_db
 from mlprogram import Program
@@ -130,20 +126,8 @@ def _limit_threads(count: int) -> None:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, str]:
-    host = this_host()
-    versions = {"torch": metadata.version("torch"), "numpy": metadata.version("numpy")}
-    for name in options.backend:
-        versions.update(runtime_versions(get_backend(name)))
-    return {
-        "command": "python " + " ".join(sys.argv),
-        "cpu": host.cpu,
-        "system": f"{host.os}, Python {platform.python_version()}",
-        "threads": str(options.threads),
-        "precision": options.precision,
-        "repeats": f"{options.repeats} calls in turns with the plain artifact, medians, after 3 that do not count",
-        "load average at the start": str(host.load_average),
-        "versions": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
-    }
+    repeats = f"{options.repeats} calls in turns with the plain artifact, medians, after {WARM_UP} that do not count"
+    return settings_of(options.backend, options.threads, precision=options.precision, repeats=repeats)
 
 
 def _cases(model: str, components: Sequence[str] | None, fresh_norms: bool) -> Iterator[Case]:
@@ -160,8 +144,7 @@ def _cases(model: str, components: Sequence[str] | None, fresh_norms: bool) -> I
             module = part.module.eval()
             yield Case(name=f"shapes {name}", module=module, names=names, inputs=tuple(given.values()), timesteps=times)
         return
-    small = dict(sample_size=32, block_out_channels=(64, 128, 256), num_heads=8, cross_attention_dim=256)
-    config = UNetConfig(**small) if model == "S64" else UNetConfig(sample_size=64)  # type: ignore[arg-type]
+    config = SMALL if model == "S64" else BIG
     torch.manual_seed(0)
     module = UNet(config).eval()
     for part in module.modules():
@@ -255,7 +238,7 @@ def _lower(
         safe = make_half_safe(program, [sample])
         graph_half = backend.half == "graph"
         program, islands = (safe.half, ()) if graph_half else (safe.safe, safe.to_half.islands)
-    request = replace(_request(program, folder), precision=precision, islands=islands)
+    request = replace(request_of(program, folder), precision=precision, islands=islands)
     gc.collect()
     gc.disable()
     started, used = time.perf_counter(), time.process_time()
@@ -282,35 +265,16 @@ def _lower(
     return lambda: executable(feed)[output]
 
 
-def _request(program: ExportedProgram, folder: Path) -> LowerRequest:
-    (values,) = program.graph.output_node().args
-    outputs = tuple(_spec(f"output_{i}", value.meta["val"]) for i, value in enumerate(values))  # type: ignore
-    return LowerRequest("benchmark", signature(program), outputs, "fp32", folder)
-
-
-def _spec(name: str, value: Tensor) -> TensorSpec:
-    dtype = str(value.dtype).removeprefix("torch.")
-    return TensorSpec.model_validate({"name": name, "shape": tuple(value.shape), "dtype": dtype})
-
-
 def _warm_up(backend: Backend, folder: Path) -> None:
     """Lower one convolution, so that no row pays for imports."""
     (folder / "warm-up").mkdir()
     with torch.no_grad():
         tiny = torch.export.export(nn.Conv2d(2, 2, 3).eval(), (torch.randn(1, 2, 8, 8),))
-    backend.lower(tiny, _request(tiny, folder / "warm-up"))
+    backend.lower(tiny, request_of(tiny, folder / "warm-up"))
 
 
 def _time(row: Row, run: Callable[[], Array], plain: Callable[[], Array], repeats: int) -> None:
-    turns: list[tuple[float, float]] = []
-    for _ in range(3 + repeats):
-        taken = []
-        for call in (plain, run):
-            started = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - started)
-        turns.append((taken[0], taken[1]))
-    first, second = (statistics.median(turn[side] for turn in turns[3:]) for side in (0, 1))
+    first, second = in_turns((plain, run), repeats)
     row.plain_ms, row.ms = round(first * 1e3, 3), round(second * 1e3, 3)
     row.ratio = 1.0 if run is plain else round(second / first, 3)
 

@@ -29,7 +29,7 @@ def settings_of(backends: Sequence[str], threads: int, **more: str) -> dict[str,
     for name in backends:
         versions.update(runtime_versions(get_backend(name)))
     return {
-        "command": "python " + " ".join(sys.argv),
+        "command": "python " + " ".join(Path(one).name if Path(one).is_absolute() else one for one in sys.argv),
         "cpu": host.cpu,
         "system": f"{host.os}, Python {platform.python_version()}",
         "threads": str(threads),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgegen.build.pipeline import Built, Progress, build_all, raise_for_failures
+from edgegen.build.pipeline import Built, build_all, raise_for_failures
+from edgegen.build.progress import Progress
 from edgegen.build.recipe import BuildOptions, Recipe, resolve
 from edgegen.cache import Cache
 from edgegen.lower.backend import Precision
-from edgegen.students.load import load
 from edgegen.students.shrink import smoke_copy
+from edgegen.students.source import Source
 from edgegen.students.student import Student
 from edgegen.targets import load_target
 
@@ -33,10 +34,13 @@ class BuildRequest:
     max_pieces: int | None = None
     plan: Path | None = None
     one_package: bool | None = None
+    max_memory: int | None = None
     dump_ir: Path | None = None
     """Folder for every graph after every pass: `<target>/<backend>/<component>/`."""
     shrink: Path | None = None
     """Folder for the smallest graph of each component that a backend gets wrong: `<target>/<backend>/<component>/`."""
+    source: Source = field(default_factory=Source)
+    """What to do to the model when it is opened."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Prepared:
 def prepare(request: BuildRequest) -> Prepared:
     """Targets are looked up before the model is opened, so that a typing error costs nothing."""
     targets = [load_target(name) for name in request.targets]
-    student = load(request.model)
+    student = request.source.open(request.model)
     options = BuildOptions(
         request.backends,
         request.precision,
@@ -61,6 +65,7 @@ def prepare(request: BuildRequest) -> Prepared:
         request.passes,
         request.max_pieces,
         request.plan,
+        request.max_memory,
         request.one_package,
     )
     recipes = [

@@ -17,10 +17,12 @@ from joblib import Parallel, delayed
 from pydantic import TypeAdapter
 
 import edgegen
+from edgegen.build.admission import SHARE, Admission
 from edgegen.build.graphs import Graphs, Rewriting
 from edgegen.cache import Cache
 from edgegen.errors import EdgegenError, GateError
 from edgegen.lower.backend import Backend, Lowered, LowerRequest, Precision, get_backend
+from edgegen.lower.chain import lower_chain
 from edgegen.lower.mlpackage import function_path
 from edgegen.lower.worker import lower_in_child
 from edgegen.precision.plan import ComponentPlan
@@ -28,14 +30,17 @@ from edgegen.precision.repair.tensors import Tensors, content
 from edgegen.rewrite.forecast import Forecast
 from edgegen.rewrite.half_hazards import Hazard
 from edgegen.rewrite.pipeline import PassRecord, Pipeline
-from edgegen.students.student import Component, Student
+from edgegen.students.archive import available_memory
+from edgegen.students.student import Component
 from edgegen.verify.trajectory import Sample
 from edgegen.verify.worker import PREDICTED
 
 RECORDS = TypeAdapter(tuple[PassRecord, ...])
 HAZARDS = TypeAdapter(tuple[Hazard, ...])
-PARALLEL_LIMIT_BYTES = 1 << 30
-"""Components with more weights than this are lowered one at a time: converters peak at several times the weights."""
+PEAKS = {"coreai": 8, "coreml": 6, "executorch": 6, "onnx": 5, "tflite": 8}
+"""Backend -> how many times the fp32 weights its converter may take, with room to spare: see docs/benchmarks."""
+BASE_BYTES = 1 << 30
+"""What a converter takes for itself."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class LowerJob:
     """What is compressed, and how; None: nothing."""
     repaired: Tensors = field(default_factory=dict)
     """What the plan's repairs changed in the canonical graph."""
+    parts: int = 1
+    """Into how many files it is cut, run one after another."""
 
     @property
     def planned(self) -> bool:
@@ -157,26 +164,35 @@ def compiler_fingerprint() -> str:
 
 def lower_all(
     jobs: Sequence[LowerJob],
-    student: Student,
     graphs: Graphs,
     cache: Cache,
     log_dir: Path,
     done: Callable[[LowerJob], None],
 ) -> list[LoweredComponent | LowerFailure]:
     """Lower `jobs`, as many at once as cores and memory allow; results in the order of the jobs."""
-    weights = sum(p.numel() * 4 for part in student.components.values() for p in part.module.parameters())
-    workers = 1 if weights > PARALLEL_LIMIT_BYTES else min(len(jobs), os.cpu_count() or 1)
+    workers = min(len(jobs), os.cpu_count() or 1)
+    free = available_memory()
+    admission = Admission(None if free is None else int(SHARE * free))
 
-    def run(job: LowerJob) -> LoweredComponent | LowerFailure:
-        result = _lower_one(job, graphs, cache, log_dir)
-        done(job)
+    needs = [BASE_BYTES + PEAKS[job.backend] * _weight_bytes(job.component) for job in jobs]
+
+    def run(place: int) -> LoweredComponent | LowerFailure:
+        with admission.room_for(needs[place]):
+            result = _lower_one(jobs[place], graphs, cache, log_dir)
+        done(jobs[place])
         return result
 
-    # Threads only wait here: the work is in the child processes.
-    results: list[LoweredComponent | LowerFailure] = Parallel(n_jobs=max(1, workers), backend="threading")(
-        delayed(run)(job) for job in jobs
+    # The largest go first, so that none is left over at the end. Threads only wait: the work is in child processes.
+    order = sorted(range(len(jobs)), key=lambda place: -needs[place])
+    made: list[LoweredComponent | LowerFailure] = Parallel(n_jobs=max(1, workers), backend="threading")(
+        delayed(run)(place) for place in order
     )
-    return results
+    results = dict(zip(order, made, strict=True))
+    return [results[place] for place in range(len(jobs))]
+
+
+def _weight_bytes(component: Component) -> int:
+    return sum(4 * parameter.numel() for parameter in component.module.parameters())
 
 
 def _lower_one(job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path) -> LoweredComponent | LowerFailure:
@@ -190,6 +206,7 @@ def _lower_one(job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path) -> Lo
         passes=f"{job.canonical}; {job.shape}",
         plan=None if job.plan is None else job.plan.model_dump(mode="json"),
         repaired=content(job.repaired),
+        parts=job.parts,
         versions=tool_versions(backend),
         compiler=compiler_fingerprint(),
     )
@@ -211,7 +228,10 @@ def _lower_one(job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path) -> Lo
             islands=rewriting.islands,
             quantized=rewriting.quantized,
         )
-        lowered = lower_in_child(job.backend, rewriting.program, request, log)
+        if job.parts == 1:
+            lowered = lower_in_child(job.backend, rewriting.program, request, log)
+        else:
+            lowered = lower_chain(job.backend, rewriting.program, request, log, job.parts)
         # Codes that round the other way outweigh what float16 does between them: the plan's own bounds judge those.
         integers = any(one.precision.startswith("w8a8") for one in rewriting.quantized.values())
         if rewriting.half_db is not None and math.isfinite(rewriting.half_db) and not integers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edgegen.build.graphs import Graphs
@@ -13,10 +13,11 @@ from edgegen.bundle.manifest import PlanBound, PlanRecord, SamplerTable
 from edgegen.precision.file import write_plan
 from edgegen.precision.plan import PrecisionPlan
 from edgegen.precision.reference import fake_quant_reference
-from edgegen.precision.repair.tensors import Tensors, apply, load
+from edgegen.precision.repair.tensors import Tensors, apply, by_component, load
 from edgegen.rewrite.pipeline import Pipeline
 from edgegen.rewrite.registry import parse
 from edgegen.students.student import Student
+from edgegen.verify.gates import PLAN_FLOAT32_DB
 from edgegen.verify.metrics import sqnr_db
 from edgegen.verify.trajectory import Reference, Sample
 
@@ -30,6 +31,8 @@ class Realised:
     plan: PrecisionPlan
     file: Path | None
     repaired: Mapping[str, Tensors]
+    canonical: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Component -> the passes that made the graph it is of."""
 
     def files(self, work: Path) -> dict[str, Path]:
         """What the bundle carries of it: name -> file, the plan written to `work`."""
@@ -45,6 +48,7 @@ class Realised:
             repairs=self.plan.repairs,
             front=self.plan.front,
             bounds=dict(truth.bounds),
+            canonical=dict(self.canonical),
         )
 
     def compressed(self, component: str) -> dict[str, int]:
@@ -68,12 +72,10 @@ def realise(recipe: Recipe) -> Realised | None:
     """The plan of `recipe` with its tensors read; EdgegenError when they are not those of the plan."""
     if recipe.plan is None:
         return None
-    by_component: dict[str, Tensors] = {}
+    found: dict[str, Tensors] = {}
     if recipe.repaired is not None and recipe.plan.tensors_sha256 is not None:
-        for name, tensor in load(recipe.repaired, recipe.plan.tensors_sha256).items():
-            component, _, rest = name.partition("/")
-            by_component.setdefault(component, {})[rest] = tensor
-    return Realised(recipe.plan, recipe.repaired, by_component)
+        found = by_component(load(recipe.repaired, recipe.plan.tensors_sha256))
+    return Realised(recipe.plan, recipe.repaired, found, recipe.canonical)
 
 
 def with_plan(truth: Reference, realised: Realised, student: Student, recipe: Recipe, graphs: Graphs) -> Reference:
@@ -90,8 +92,12 @@ def with_plan(truth: Reference, realised: Realised, student: Student, recipe: Re
     planned = fake_quant_reference(programs, plans, samples)
     moved = fake_quant_reference(programs, plans, samples, moved=True)
     bounds = {
-        name: PlanBound(stability_db=_worst(planned[name], moved[name]), float_db=_worst(samples[name], planned[name]))
-        for name in plans
+        name: PlanBound(
+            stability_db=_worst(planned[name], moved[name]),
+            float_db=_worst(samples[name], planned[name]),
+            asked_db=PLAN_FLOAT32_DB if part.float_precision == "fp32" else None,
+        )
+        for name, part in plans.items()
     }
     return replace(truth, planned=planned, bounds=bounds)
 

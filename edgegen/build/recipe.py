@@ -8,12 +8,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from edgegen.build.residency import Ceiling
 from edgegen.bundle.manifest import Gates
 from edgegen.errors import UsageError
 from edgegen.lower.backend import BACKENDS, HeldTo, Precision, get_backend
 from edgegen.lower.coreml_functions import function_name
 from edgegen.lower.requirements import require
-from edgegen.precision.canonical import canonical_passes
+from edgegen.precision.canonical import canonical_passes, canonical_programs
 from edgegen.precision.plan import PrecisionPlan
 from edgegen.precision.planner import check_plan, read_plan
 from edgegen.precision.repair.tensors import tensors_of
@@ -41,6 +42,8 @@ class BuildOptions:
     max_pieces: int | None = None
     plan: Path | None = None
     """File of a precision plan."""
+    max_memory: int | None = None
+    """Bytes that an app may use, where the user knows better than the target file."""
     one_package: bool | None = None
     """Core ML: one package with a function for each component (True), or a package each (False)."""
 
@@ -86,6 +89,8 @@ class Recipe(BaseModel):
     steps: int | None
     max_pieces: int | None = None
     """A graph that would be cut into more is not lowered."""
+    memory: Ceiling
+    """What an app may use on the target."""
     gates: Gates
     output: Path
 
@@ -116,9 +121,16 @@ def resolve(student: Student, target: Target, options: BuildOptions, output: Pat
     sampler = student.config.sampler
     timesteps = () if sampler is None else sampler.timesteps()
     presets = {
-        name: canonical_preset(name, timesteps) if plan is None else canonical_passes(name, timesteps).passes
+        name: canonical_preset(name, timesteps)
+        if plan is None
+        else canonical_passes(name, timesteps, plan.backends).passes
         for name in student.components
     }
+    if plan is not None and any(edits.canonical(preset).passes != preset for preset in presets.values()):
+        raise UsageError(
+            "`--passes` changes passes that came before the plan: its ranges and weights are of another graph",
+            hint="change only what a target adds to them, or build without `--plan`",
+        )
     longest = max(presets.values(), key=len)
     recipes = []
     for name in names:
@@ -153,9 +165,17 @@ def resolve(student: Student, target: Target, options: BuildOptions, output: Pat
         repaired=None if plan is None or options.plan is None else tensors_of(options.plan, plan),
         steps=_steps(student, options.steps),
         max_pieces=options.max_pieces,
+        memory=_ceiling(target, options.max_memory),
         gates=default_gates(plan, require_full_delegation=options.require_full_delegation),
         output=output,
     )
+
+
+def _ceiling(target: Target, asked: int | None) -> Ceiling:
+    if asked is not None:
+        return Ceiling(bytes=asked, source="`--max-memory`")
+    known = target.device.app_memory
+    return Ceiling(bytes=known.bytes, source=f"{target.name}, {known.known}: {known.source}")
 
 
 def _precision(target: Target, backend: str, asked: Precision | None) -> Precision:
@@ -178,7 +198,9 @@ def _plan(options: BuildOptions, student: Student, target: Target) -> PrecisionP
     plan = read_plan(options.plan, student, target)
     if options.backends is not None:
         names = chosen_backends(target, options.backends)
-        check_plan(plan.model_copy(update={"backends": names}), student, target, where=f"{options.plan}: ")
+        programs = canonical_programs(student, plan.backends)
+        asked = plan.model_copy(update={"backends": names})
+        check_plan(asked, student, target, programs, where=f"{options.plan}: ")
     return plan
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from edgegen.bundle.memory import MemoryPlan
 from edgegen.graph.tensor_spec import TensorSpec
+from edgegen.graph.tiles import Tiling
 from edgegen.lower.backend import Delegation, Precision
 from edgegen.lower.mlpackage import FUNCTION_NAME
 from edgegen.precision.plan import FrontPoint
-from edgegen.students.config import LatentConfig
+from edgegen.students.config import LatentConfig, Task
 from edgegen.students.sampler import SamplerConfig, SamplerStep
 
 SCHEMA_VERSION = 1
@@ -41,6 +43,8 @@ class Artifact(_Model):
     component: str
     path: str
     function: FunctionName | None = None
+    parts: int = Field(default=1, ge=1)
+    """More than one: `path` is a folder with a `chain.json`, the parts and their order (`edgegen.lower.chain`)."""
     precision: Precision
     bytes: int
     """Of all that is at `path`: see `stored_bytes`."""
@@ -89,26 +93,42 @@ class NoiseSpec(_Model):
     order: Literal["C"] = "C"
 
 
-class OtherPrompt(_Model):
-    """What the denoiser says for another prompt at the same latents: the reference of conditioning sensitivity."""
+class _Prompted(_Model):
+    """`inputs` is what the conditioning component takes for `prompt`: input name -> path."""
 
     prompt: str
-    input_ids: str
+    inputs: Annotated[dict[str, str], Field(min_length=1, max_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text_alone(cls, data: Any) -> Any:
+        """Bundles from before students could start from pictures had `input_ids` and `context` as keys."""
+        if isinstance(data, dict) and isinstance(data.get("input_ids"), str) and "inputs" not in data:
+            data = dict(data)
+            data["inputs"] = {"input_ids": data.pop("input_ids")}
+            if isinstance(data.get("context"), str) and "conditioning" not in data:
+                data["conditioning"] = {"context": data.pop("context")}
+        return data
+
+
+class OtherPrompt(_Prompted):
+    """What the denoiser says for another prompt at the same latents: the reference of conditioning sensitivity."""
+
     predictions: tuple[str, ...]
 
 
-class Fixture(_Model):
-    """One picture of the reference from prompt to pixels; values are paths, relative to the bundle, of .npy files.
+class Fixture(_Prompted):
+    """One picture or video of the reference from prompt to pixels; values are paths, relative to the bundle, of .npy
+    files.
 
+    `prompt` is the text, or the name of an example picture. `conditioning` holds the conditioning component's outputs,
     `noise` is the initial latent, `latents` the latent after each step, `predictions` the denoiser's output at each
-    step, `image` the decoder's output, and `picture` the same as a PNG.
+    step, `image` the decoder's output, and `picture` the same as a PNG: of a video a strip of its frames.
     """
 
-    prompt: str
     seed: int
     steps: int
-    input_ids: str
-    context: str
+    conditioning: Annotated[dict[str, str], Field(min_length=1)]
     noise: str
     predictions: tuple[str, ...]
     latents: tuple[str, ...]
@@ -136,6 +156,9 @@ class PlanBound(_Model):
 
     stability_db: float
     float_db: float
+    asked_db: float | None = None
+    """What an artifact is asked to reach of the fake-quant reference where that repeats itself better; None: what the
+    gates ask of every plan."""
 
 
 class PlanRecord(_Model):
@@ -149,6 +172,9 @@ class PlanRecord(_Model):
     """Other plans that could have been chosen."""
     bounds: dict[str, PlanBound] = {}
     """Of the components that it compresses."""
+    canonical: dict[str, tuple[str, ...]] = {}
+    """Component -> the passes before the plan, the first of each of its artifacts': ops, ranges and repaired tensors
+    are of that graph."""
 
 
 class Gates(_Model):
@@ -163,7 +189,7 @@ class Gates(_Model):
 class Manifest(_Model):
     schema_version: Literal[1] = 1
     name: str
-    task: Literal["text-to-image", "single"]
+    task: Task
     student_sha256: str
     target: str
     target_sha256: str
@@ -180,9 +206,18 @@ class Manifest(_Model):
     latent: LatentConfig | None = None
     noise: NoiseSpec | None = None
     tokenizer: str | None = None
+    conditions: dict[str, float] = {}
+    """Scalar input of the denoiser -> the value that it has unless the user says otherwise."""
+    frames_per_second: float | None = Field(default=None, gt=0)
     example_prompts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a reader must know of the checkpoint itself."""
     fixtures: tuple[Fixture, ...] = ()
     component_fixtures: tuple[ComponentFixture, ...] = ()
+    memory: dict[str, MemoryPlan] = {}
+    """Backend -> how its artifacts share the device's memory."""
+    tilings: dict[str, Tiling] = {}
+    """Components whose artifacts compute one tile of what `components` says that they take and give."""
     plan: PlanRecord | None = None
     planned: dict[str, tuple[dict[str, str], ...]] = {}
     """Components that the plan compresses: output -> path of the .npy that the fake-quant reference gives, for every

@@ -185,10 +185,11 @@ def _check_paths(manifest: Manifest) -> None:
         relative_path(name)
     pointed = [manifest.tokenizer] if manifest.tokenizer is not None else []
     for fixture in manifest.fixtures:
-        pointed += [fixture.input_ids, fixture.context, fixture.noise, fixture.image, fixture.picture]
+        pointed += [*fixture.inputs.values(), *fixture.conditioning.values()]
+        pointed += [fixture.noise, fixture.image, fixture.picture]
         pointed += [*fixture.predictions, *fixture.latents]
         if fixture.other is not None:
-            pointed += [fixture.other.input_ids, *fixture.other.predictions]
+            pointed += [*fixture.other.inputs.values(), *fixture.other.predictions]
     for call in manifest.component_fixtures:
         pointed += [*call.inputs.values(), *call.outputs.values()]
     for name in pointed:
@@ -249,6 +250,7 @@ def _check_numbers(manifest: Manifest) -> None:
     if manifest.latent is not None:
         shapes.append(("latent", manifest.latent.shape))
         _check_finite("latent", manifest.latent.scale, manifest.latent.shift)
+    _check_finite("conditions", *manifest.conditions.values())
     for name, shape in shapes:
         if any(size < 1 for size in shape) or math.prod(shape) > TENSOR_LIMIT:
             raise UnsafeError(f"manifest gives tensor `{name[:100]}` the shape {str(shape)[:100]}")

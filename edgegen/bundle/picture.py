@@ -1,28 +1,42 @@
-"""Writing a picture: a PNG, whole or not at all, and never over something that is no PNG."""
+"""Writing a picture: a PNG, whole or not at all, and never over something that is no picture of its kind."""
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgegen.errors import EdgegenError, UsageError
 from edgegen.verify.trajectory import Picture
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+SIGNATURES = {
+    ".png": (0, b"\x89PNG\r\n\x1a\n"),
+    ".gif": (0, b"GIF8"),
+    ".webp": (8, b"WEBP"),
+    ".mp4": (4, b"ftyp"),
+}
+"""Suffix -> what such a file holds, and from which byte on."""
 
 
 def check_png_path(path: Path) -> None:
     """UsageError when a PNG must not or cannot be written to `path`; asked before the work starts."""
-    hint = "choose another file with `-o name.png`"
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"`{path}` does not end in .png, and a PNG is what is written", hint=hint)
+    check_output_path(path, (".png",))
+
+
+def check_output_path(path: Path, suffixes: Sequence[str]) -> None:
+    """UsageError when `path` has none of `suffixes`, or a file of that kind must not or cannot be written there."""
+    hint = f"choose another file with `-o name{suffixes[0]}`"
+    suffix = path.suffix.lower()
+    kind = suffixes[0][1:].upper()
+    if suffix not in suffixes:
+        raise UsageError(f"`{path}` does not end in {suffixes[0]}, and a {kind} is what is written", hint=hint)
     try:
         if path.is_dir():
             raise UsageError(f"`{path}` is a folder", hint=hint)
         if path.exists():
-            if not path.is_file() or (path.stat().st_size and not _is_png(path)):
-                raise UsageError(f"`{path}` exists and is no PNG; it is not overwritten", hint=hint)
+            if not path.is_file() or (path.stat().st_size and not _is_kind(path, suffix)):
+                raise UsageError(f"`{path}` exists and is no {kind}; it is not overwritten", hint=hint)
         elif not path.parent.is_dir():
             raise UsageError(f"folder `{path.parent}` does not exist", hint=f"mkdir -p '{path.parent}'")
         if not os.access(path.parent, os.W_OK):
@@ -48,6 +62,7 @@ def write_png(path: Path, picture: Picture) -> None:
         part.unlink(missing_ok=True)
 
 
-def _is_png(path: Path) -> bool:
+def _is_kind(path: Path, suffix: str) -> bool:
+    start, signature = SIGNATURES[suffix]
     with path.open("rb") as stream:
-        return stream.read(len(_SIGNATURE)) == _SIGNATURE
+        return stream.read(start + len(signature))[start:] == signature

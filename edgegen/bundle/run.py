@@ -1,4 +1,4 @@
-"""The host runtime: draws a picture with a bundle, from its manifest alone.
+"""The host runtime: draws a picture or a video with a bundle, from its manifest alone.
 
 Nothing here knows the student or its scheduler: components, shapes, sampler coefficients, latent scale and the noise
 stream are read from the manifest, as an app reads them. torch is imported only where a backend's own runtime needs it.
@@ -6,48 +6,49 @@ stream are read from the manifest, as an app reads them. torch is imported only 
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgegen.bundle.backends import choose_backend
 from edgegen.bundle.noise import SEED_LIMIT, normal
 from edgegen.bundle.open import Bundle
+from edgegen.bundle.prompt import PromptReader
 from edgegen.errors import EdgegenError, GateError, UsageError
-from edgegen.lower.backend import BACKENDS, Array, Executable, get_backend
-from edgegen.lower.requirements import missing_modules
+from edgegen.lower.backend import Array, Executable, get_backend
+from edgegen.lower.chain import load_artifact
 from edgegen.lower.stand_in import executed_by
+from edgegen.students.conditions import chosen_conditions
+from edgegen.students.config import TASKS
 from edgegen.students.sampler import SamplerStep, moment
-from edgegen.verify.trajectory import Picture, to_picture
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from edgegen.verify.trajectory import Frames, Picture, scalars, strip, to_frames
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Generated:
-    """One picture and how it came about.
+    """One picture or video and how it came about.
 
-    `image` is uint8 [H, W, 3]; `decoded` the decoder's output [1, 3, H, W] fp32; `noise` and `latents` (after each
-    step) are [1, C, h, w] fp32. `timings` are seconds by stage, in order. `warnings` say what of the prompt was not
-    used as it is.
+    `frames` is uint8 [T, H, W, 3], T = 1 for a picture; `decoded` the decoder's output, [1, 3, H, W] or [1, 3, T, H, W]
+    fp32; `noise` and `latents` (after each step) are shaped as the latent. `given` is what the conditioning component
+    took: input_ids [1, L] or the picture [1, 3, h, w]. `timings` are seconds by stage, in order. `warnings` say what
+    of the prompt was not used as it is.
     """
 
-    image: Picture
+    frames: Frames
     decoded: Floats
     noise: Floats
     latents: tuple[Floats, ...]
-    input_ids: NDArray[np.int32]
+    given: Array
+    conditions: dict[str, float]
     backend: str
     seed: int
     steps: int
@@ -56,57 +57,32 @@ class Generated:
     executed_by: str | None = None
     """Who executed the artifacts in place of the runtime that they are for: the timings are no latency then."""
 
+    @property
+    def image(self) -> Picture:
+        """The picture, [H, W, 3]; of a video a strip of its frames."""
+        return strip(self.frames)
 
-def generate(bundle: Bundle, prompt: str, seed: int, steps: int | None = None, backend: str | None = None) -> Generated:
-    """Load the artifacts of one backend, draw `prompt` from `seed`, close them; see `Runtime` for the errors."""
+
+class Progress(Protocol):
+    """Where a drawing says what it is doing; `edgegen.cli.console` has the one that people see."""
+
+    def stage(self, name: str, total: int) -> None: ...
+
+    def advance(self) -> None: ...
+
+
+class _Silent:
+    def stage(self, name: str, total: int) -> None: ...
+
+    def advance(self) -> None: ...
+
+
+def generate(
+    bundle: Bundle, asked: str | Floats, seed: int, steps: int | None = None, backend: str | None = None
+) -> Generated:
+    """Load the artifacts of one backend, draw what was `asked` from `seed`, close them; see `Runtime.generate`."""
     with Runtime(bundle, backend) as runtime:
-        return runtime.generate(prompt, seed, steps)
-
-
-def choose_backend(bundle: Bundle, wanted: str | None = None) -> str:
-    """The first backend of the target's order whose runtime is here, or `wanted` and no other.
-
-    Where no runtime is, the first that something else executes here (see `edgegen.lower.stand_in`). UsageError when
-    there is none, with the reason for each.
-    """
-    have = bundle.backends()
-    if wanted is not None:
-        if wanted not in have:
-            if wanted not in BACKENDS:
-                get_backend(wanted)  # raises with the list of those that exist
-            hint = " or ".join(f"`--backend {name}`" for name in have) or "build it with the backend that you need"
-            why = bundle.manifest.declined.get(wanted)
-            raise UsageError(
-                f"bundle `{bundle.root}` has no complete set of artifacts for `{wanted}`" + (f": {why}" if why else ""),
-                hint=f"use {hint}" if have else hint,
-            )
-        have = (wanted,)
-    reasons: list[str] = []
-    stand_in: str | None = None
-    install: str | None = None
-    for name in have:
-        if name not in BACKENDS:
-            reasons.append(f"`{name}` is not known to this edgegen")
-            continue
-        candidate = get_backend(name)
-        reason = candidate.not_executed_here()
-        missing = missing_modules(candidate, "run")
-        if reason is None and not missing:
-            if executed_by(candidate) is None:
-                return name
-            stand_in = stand_in or name
-            continue
-        if reason is None:
-            reason = "not installed: " + ", ".join(f"`{module}`" for module in missing)
-            install = install or f"pip install 'edgegen[{candidate.extra}]'"
-        reasons.append(f"`{name}`: {reason}")
-    if stand_in is not None:
-        return stand_in
-    said = "; ".join(reasons) or "no backend has all of its components"
-    raise UsageError(
-        f"bundle `{bundle.root}` cannot be executed here: {said}",
-        hint=install or "build for this machine too: `edgegen build --target linux-x86 MODEL`",
-    )
+        return runtime.generate(asked, seed, steps)
 
 
 class Runtime:
@@ -125,17 +101,20 @@ class Runtime:
         self.executed_by = executed_by(chosen)
         self._components = bundle.manifest.components
         self._executables: dict[str, Executable] = {}
-        with _timed(self.timings, "load.tokenizer"):
-            self._tokenizer, self._unknown = _tokenizer(bundle)
-        artifacts = bundle.artifacts(self.backend)
-        try:
-            for name, io in self._components.items():
-                with _timed(self.timings, f"load.{name}"):
-                    path = bundle.loadable(artifacts[name])
-                    self._executables[name] = chosen.load(path, io.inputs, io.outputs)
-        except BaseException:
-            self.close()
-            raise
+        self._encoder = TASKS[bundle.manifest.task][0]
+        self._prompts: PromptReader | None = None
+        if self._encoder == "text_encoder":
+            with _timed(self.timings, "load.tokenizer"):
+                self._prompts = PromptReader(bundle, self._components[self._encoder].inputs[0].shape)
+        memory = bundle.manifest.memory.get(self.backend)
+        self._in_turn = memory is not None and memory.load == "sequential"
+        if not self._in_turn:
+            try:
+                for name in self._components:
+                    self._load(name, self.timings)
+            except BaseException:
+                self.close()
+                raise
 
     def __enter__(self) -> Runtime:
         return self
@@ -145,36 +124,34 @@ class Runtime:
     ) -> None:
         self.close()
 
+    def _load(self, name: str, timings: dict[str, float]) -> None:
+        with _timed(timings, f"load.{name}"):
+            io = self._components[name]
+            self._executables[name] = load_artifact(
+                get_backend(self.backend),
+                self.bundle.loadable(self.bundle.artifacts(self.backend)[name]),
+                io.inputs,
+                io.outputs,
+                resident=not self._in_turn,
+                tiling=self.bundle.manifest.tilings.get(name),
+            )
+
+    @contextmanager
+    def _turn(self, name: str, timings: dict[str, float]) -> Iterator[None]:
+        """The component is loaded within this; where memory is short, no other is."""
+        if not self._in_turn:
+            yield
+            return
+        self._load(name, timings)
+        try:
+            yield
+        finally:
+            self._executables.pop(name).close()
+
     def close(self) -> None:
         """Let go of the artifacts."""
         while self._executables:
             self._executables.popitem()[1].close()
-
-    def tokenize(self, prompt: str) -> tuple[NDArray[np.int32], tuple[str, ...]]:
-        """`prompt` -> input_ids [1, L] int32, and what was not read as it is: unknown words, a cut end."""
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError("the prompt is no valid text (UTF-8)", hint="type the prompt in UTF-8") from error
-        encoding = self._tokenizer.encode(prompt)
-        shape = self._components["text_encoder"].inputs[0].shape
-        if len(encoding.ids) != shape[-1]:
-            raise EdgegenError(
-                f"the bundle's tokenizer gives {len(encoding.ids)} ids, its text encoder takes {shape[-1]}"
-            )
-        warnings = []
-        if self._unknown is not None:
-            read = zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True)
-            unknown = [
-                prompt[start:end] for token, (start, end), special in read if token == self._unknown and not special
-            ]
-            if words := ", ".join(f"`{word}`" for word in dict.fromkeys(unknown) if word):
-                warnings.append(f"the student does not know {words}; it reads an unknown word there")
-        cut = [offset for part in encoding.overflowing for offset in _kept_offsets(part)]
-        if cut:
-            rest = prompt[min(start for start, _ in cut) :]
-            warnings.append(f"the prompt is longer than the student reads; `{rest}` is cut off")
-        return np.array([encoding.ids], dtype=np.int32).reshape(shape), tuple(warnings)
 
     def table(self, steps: int | None = None) -> tuple[SamplerStep, ...]:
         """The sampler's coefficients for `steps` (default: the bundle's); UsageError names the counts it has."""
@@ -188,48 +165,84 @@ class Runtime:
             )
         return sampler.tables[wanted]
 
-    def generate(self, prompt: str, seed: int, steps: int | None = None) -> Generated:
-        """Draw `prompt` from `seed`. UsageError for steps or a seed that cannot be; GateError when a component's output
-        is not finite, naming it."""
-        table = self.table(steps)
+    def start_size(self) -> tuple[int, int]:
+        """Height and width of the picture that the student starts from; UsageError for one that starts from text."""
+        if self._prompts is not None:
+            raise self._wants_text()
+        height, width = self._components[self._encoder].inputs[0].shape[-2:]
+        return height, width
+
+    def _wants_text(self) -> UsageError:
+        return UsageError(
+            f"student `{self.bundle.manifest.name}` starts from text, not from a picture",
+            hint="use `--prompt TEXT` in place of `--image`",
+        )
+
+    def read(self, asked: str | Floats) -> tuple[Array, tuple[str, ...]]:
+        """What was asked as the conditioning component takes it, and remarks. UsageError for text where the student
+        starts from a picture, the other way round, and a picture of another size."""
+        spec = self._components[self._encoder].inputs[0]
+        if isinstance(asked, str):
+            if self._prompts is None:
+                raise UsageError(
+                    f"student `{self.bundle.manifest.name}` starts from a picture, not from text",
+                    hint="use `--image FILE` in place of `--prompt`",
+                )
+            return self._prompts.read(asked)
+        if self._prompts is not None:
+            raise self._wants_text()
+        if asked.shape != spec.shape or not np.isfinite(asked).all():
+            raise UsageError(f"the picture is {list(asked.shape)} and must be finite numbers {list(spec.shape)}")
+        return np.asarray(asked, dtype=np.float32), ()
+
+    def generate(
+        self,
+        asked: str | Floats,
+        seed: int,
+        steps: int | None = None,
+        conditions: Mapping[str, float] | None = None,
+        progress: Progress | None = None,
+    ) -> Generated:
+        """Draw what was `asked`, a prompt or a picture [1, 3, H, W] in -1..1, from `seed`.
+
+        `conditions` replaces scalars that the manifest names. UsageError for steps, a seed or a condition that cannot
+        be, and as `read` has it; GateError when a component's output is not finite, naming it.
+        """
+        table, shown = self.table(steps), progress or _Silent()
+        manifest = self.bundle.manifest
+        chosen = chosen_conditions(manifest.conditions, conditions, manifest.name)
         if not 0 <= seed < SEED_LIMIT:
             raise UsageError(f"seed {seed} does not fit 64 bits", hint=f"choose a seed from 0 to {SEED_LIMIT - 1}")
-        latent = self.bundle.manifest.latent
+        latent = manifest.latent
         assert latent is not None
         timings = dict(self.timings)
-        with _timed(timings, "tokenize"):
-            input_ids, warnings = self.tokenize(prompt)
-        with _timed(timings, "text_encoder"):
-            given: dict[str, Array] = {self._components["text_encoder"].inputs[0].name: input_ids}
-            context = self._call("text_encoder", given)
+        shown.stage(f"read, {self._encoder.replace('_', ' ')}", 1)
+        with _timed(timings, "tokenize" if self._prompts is not None else "start"):
+            start, warnings = self.read(asked)
+        with self._turn(self._encoder, timings), _timed(timings, self._encoder):
+            heard = self._call(self._encoder, {self._components[self._encoder].inputs[0].name: start})
+        shown.advance()
         with _timed(timings, "noise"):
             noise = normal(seed, 0, latent.shape)
         names = {spec.name for spec in self._components["denoiser"].inputs}
-        x, latents = noise, []
-        for index, step in enumerate(table, start=1):
-            with _timed(timings, f"denoiser.{index}"):
-                given = {**context, **moment(step, names), "latent": np.float32(step.input_scale) * x}
-                prediction = self._one("denoiser", given, f" at step {index} of {len(table)}")
-                x = np.float32(step.sample) * x + np.float32(step.prediction) * prediction
-                if step.noise:
-                    x = x + np.float32(step.noise) * normal(seed, index, latent.shape)
-                latents.append(x)
-                if not np.isfinite(x).all():
-                    raise GateError(
-                        f"the latent is not finite after step {index} of {len(table)} with backend `{self.backend}`",
-                        hint=f"edgegen verify {shlex.quote(str(self.bundle.root))}",
-                    )
-        with _timed(timings, "decoder"):
+        kept = {name: value for name, value in {**heard, **scalars(chosen)}.items() if name in names}
+        shown.stage("denoise, step by step", len(table))
+        with self._turn("denoiser", timings):
+            latents = self._denoise(noise, kept, table, seed, timings, shown)
+        shown.stage("decode", 1)
+        with self._turn("decoder", timings), _timed(timings, "decoder"):
             name = self._components["decoder"].inputs[0].name
-            decoded = self._one("decoder", {name: np.float32(latent.scale) * x + np.float32(latent.shift)})
+            decoded = self._one("decoder", {name: np.float32(latent.scale) * latents[-1] + np.float32(latent.shift)})
         with _timed(timings, "picture"):
-            image = to_picture(decoded)
+            frames = to_frames(decoded)
+        shown.advance()
         return Generated(
-            image=image,
+            frames=frames,
             decoded=decoded,
             noise=noise,
-            latents=tuple(latents),
-            input_ids=input_ids,
+            latents=latents,
+            given=start,
+            conditions=chosen,
             backend=self.backend,
             seed=seed,
             steps=len(table),
@@ -237,6 +250,35 @@ class Runtime:
             warnings=warnings,
             executed_by=self.executed_by,
         )
+
+    def _denoise(
+        self,
+        noise: Floats,
+        kept: Mapping[str, Array],
+        table: Sequence[SamplerStep],
+        seed: int,
+        timings: dict[str, float],
+        shown: Progress,
+    ) -> tuple[Floats, ...]:
+        """The latent after each step of `table`; `kept` is what the denoiser is given at every step."""
+        names = {spec.name for spec in self._components["denoiser"].inputs}
+        x, latents = noise, []
+        for index, step in enumerate(table, start=1):
+            when = f"step {index} of {len(table)}"
+            with _timed(timings, f"denoiser.{index}"):
+                given = {**kept, **moment(step, names), "latent": np.float32(step.input_scale) * x}
+                prediction = self._one("denoiser", given, f" at {when}")
+                x = np.float32(step.sample) * x + np.float32(step.prediction) * prediction
+                if step.noise:
+                    x = x + np.float32(step.noise) * normal(seed, index, noise.shape)
+                latents.append(x)
+                if not np.isfinite(x).all():
+                    raise GateError(
+                        f"the latent is not finite after {when} with backend `{self.backend}`",
+                        hint=f"edgegen verify {shlex.quote(str(self.bundle.root))}",
+                    )
+            shown.advance()
+        return tuple(latents)
 
     def _one(self, component: str, inputs: Mapping[str, Array], when: str = "") -> Floats:
         out = self._call(component, inputs, when)[self._components[component].outputs[0].name]
@@ -257,48 +299,36 @@ class Runtime:
 
 
 def _check_draws(bundle: Bundle) -> None:
-    """The manifest describes a text-to-image student whose parts fit together."""
+    """The manifest describes a student that draws, and its parts fit together."""
     manifest = bundle.manifest
-    if manifest.task != "text-to-image":
+    if manifest.task == "single":
         raise UsageError(
             f"bundle `{bundle.root}` is a single network and draws no picture",
             hint=f"edgegen inspect {shlex.quote(str(bundle.root))}",
         )
-    absent = [name for name in ("text_encoder", "denoiser", "decoder") if name not in manifest.components]
-    absent += [name for name in ("sampler", "latent", "noise", "tokenizer") if getattr(manifest, name) is None]
+    parts = TASKS[manifest.task]
+    absent = [name for name in parts if name not in manifest.components]
+    needed = ("sampler", "latent", "noise", *(("tokenizer",) if parts[0] == "text_encoder" else ()))
+    absent += [name for name in needed if getattr(manifest, name) is None]
     if absent:
         raise EdgegenError(f"bundle `{bundle.root}` lacks its {', '.join(absent)}", hint="build the bundle again")
-    text, denoiser, decoder = (manifest.components[name] for name in ("text_encoder", "denoiser", "decoder"))
+    encoder, denoiser, decoder = (manifest.components[name] for name in parts)
     assert manifest.latent is not None
     latent = manifest.latent.shape
-    given = {"latent": latent, **{spec.name: spec.shape for spec in text.outputs}}
-    moments = {"timestep": (1,), "step": (1,)}
-    wanted = {spec.name: spec.shape for spec in denoiser.inputs if moments.get(spec.name) != spec.shape}
-    square = len(decoder.outputs) == 1 and len(decoder.outputs[0].shape) == 4 and decoder.outputs[0].shape[:2] == (1, 3)
-    ends = len(text.inputs) == len(decoder.inputs) == len(denoiser.outputs) == 1
-    if not (ends and square and given == wanted and decoder.inputs[0].shape == denoiser.outputs[0].shape == latent):
+    given = {"latent": latent, **{spec.name: spec.shape for spec in encoder.outputs}}
+    given |= {name: (1,) for name in ("timestep", "step", *manifest.conditions)}
+    wanted = {spec.name: spec.shape for spec in denoiser.inputs}
+    known = all(given.get(name) == shape for name, shape in wanted.items()) and "latent" in wanted
+    rank = 5 if manifest.task == "image-to-video" else 4
+    seen = (
+        len(decoder.outputs) == 1 and len(decoder.outputs[0].shape) == rank and decoder.outputs[0].shape[:2] == (1, 3)
+    )
+    ends = len(encoder.inputs) == len(decoder.inputs) == len(denoiser.outputs) == 1
+    # Only what the encoder gives can say what is to be drawn: a denoiser that takes none of it draws anything.
+    listens = any(spec.name in wanted for spec in encoder.outputs)
+    fits = decoder.inputs[0].shape == denoiser.outputs[0].shape == latent if ends else False
+    if not (ends and seen and known and listens and fits):
         raise EdgegenError(f"components of bundle `{bundle.root}` do not fit together", hint="build the bundle again")
-
-
-def _tokenizer(bundle: Bundle) -> tuple[Tokenizer, int | None]:
-    """The tokenizer and the id that it gives to unknown words, None where it has no word for them."""
-    from tokenizers import Tokenizer
-
-    assert bundle.manifest.tokenizer is not None
-    path: Path = bundle.path(bundle.manifest.tokenizer)
-    try:
-        text = path.read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(text)
-        unknown = json.loads(text)["model"].get("unk_token")
-    except Exception as error:  # the library raises bare Exception for a file it cannot use
-        raise EdgegenError(f"tokenizer `{path}` cannot be used: {error}", hint="build the bundle again") from error
-    return tokenizer, tokenizer.token_to_id(unknown) if isinstance(unknown, str) else None
-
-
-def _kept_offsets(encoding: Any) -> list[tuple[int, int]]:
-    """Where the real tokens of an encoding lie in the prompt."""
-    read = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
-    return [offset for offset, special in read if not special]
 
 
 @contextmanager

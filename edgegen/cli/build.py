@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgegen.cli.amounts import byte_count
 from edgegen.cli.console import Output, names_between_commas, reporting
+from edgegen.cli.student_source import source_options
 
 if TYPE_CHECKING:
     from edgegen.build.pipeline import Built
@@ -55,6 +57,13 @@ if TYPE_CHECKING:
     help="Exit 3, before lowering, if a delegate would cut a component into more pieces.",
 )
 @click.option(
+    "--max-memory",
+    callback=byte_count,
+    metavar="BYTES",
+    help="What the app may use on the device, as `300MB`: what does not fit is loaded in turn, cut into parts or drawn "
+    "in tiles. Default: the target's.",
+)
+@click.option(
     "--one-package/--package-each",
     default=None,
     help="Core ML, iOS 18 and later: one package with functions `encode`, `denoise` and `decode`, or a package for "
@@ -76,6 +85,7 @@ if TYPE_CHECKING:
 @click.option("--time-passes", is_flag=True, help="Print how long each rewrite took.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and stop.")
 @click.option("--smoke", is_flag=True, help="First run all of it on a two-layer copy of the student.")
+@source_options
 @reporting
 def command(
     model: Path,
@@ -88,6 +98,7 @@ def command(
     steps: int | None,
     require_full_delegation: bool,
     max_pieces: int | None,
+    max_memory: int | None,
     one_package: bool | None,
     passes: str | None,
     dump_ir: Path | None,
@@ -95,6 +106,7 @@ def command(
     time_passes: bool,
     dry_run: bool,
     smoke: bool,
+    **source: Any,
 ) -> None:
     """Compile MODEL for a device: lower, execute, compare, measure, bundle.
 
@@ -102,6 +114,7 @@ def command(
     only when every gate is met; otherwise what was made goes to OUTPUT.failed.
     """
     from edgegen.build.command import BuildRequest, prepare, run
+    from edgegen.students.source import Source, unavailable
 
     request = BuildRequest(
         model=model,
@@ -112,13 +125,17 @@ def command(
         steps=steps,
         require_full_delegation=require_full_delegation,
         max_pieces=max_pieces,
+        max_memory=max_memory,
         one_package=one_package,
         passes=passes,
         plan=plan,
         dump_ir=dump_ir,
         shrink=shrink,
+        source=Source.of(source),
     )
     prepared = prepare(request)
+    for line in unavailable(prepared.student):
+        output.say(f"not to be had: {line}")
     if dry_run:
         recipes = [recipe.model_dump(mode="json") for recipe in prepared.recipes]
         output.report({"recipes": recipes}, lambda: "\n\n".join(_recipe_text(recipe) for recipe in prepared.recipes))
@@ -142,6 +159,7 @@ def _recipe_text(recipe: Recipe) -> str:
             lines.append(f"  join     {backend.name}: one package with {named}")
     lines += [f"  decline  {name}: {reason}" for name, reason in recipe.declined.items()]
     lines += [f"  passes   {name}: {', '.join(passes) or 'none'}" for name, passes in recipe.canonical.items()]
+    lines.append(f"  memory   {recipe.memory.bytes / 2**20:.0f} MiB at most ({recipe.memory.source})")
     if recipe.steps is not None:
         lines.append(f"  steps    {recipe.steps}")
     gates = recipe.gates

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgegen.cli.console import Output, clean, reporting
+from edgegen.cli.student_source import source_options
 
 if TYPE_CHECKING:
     from edgegen.graph.tensor_spec import TensorSpec
@@ -21,16 +22,18 @@ SHOWN_OPS = 12
 @click.command("inspect")
 @click.argument("path", metavar="MODEL|BUNDLE|PACKAGE", type=click.Path(path_type=Path))
 @click.option("--target", metavar="NAME", help="Also say which ops this device's runtimes would leave out.")
+@source_options
 @reporting
-def command(path: Path, target: str | None, output: Output) -> None:
+def command(path: Path, target: str | None, output: Output, **source: Any) -> None:
     """Count parameters, MACs and ops of a model, or list what a bundle or a Core ML package (`.mlpackage`) holds.
 
     Also shows the sampling schedule, what each backend would refuse, and what is known to leave the Neural Engine.
     """
     from edgegen.inspect import inspect_path
     from edgegen.lower.package_facts import PackageFacts
+    from edgegen.students.source import Source
 
-    found = inspect_path(path, target)
+    found = inspect_path(path, target, Source.of(source))
     if isinstance(found, PackageFacts):
         output.report(found.model_dump(mode="json"), lambda: clean("\n".join(_package(found))))
         return
@@ -43,6 +46,8 @@ def _text(found: Inspection) -> list[str]:
     lines = [f"{found.kind} {found.name} ({found.task}) {found.sha256[:12]}"]
     if found.built_for is not None:
         lines.append(f"built for {found.built_for}")
+    lines += [f"note: {note}" for note in found.notes]
+    lines += [f"not to be had: {line}" for line in found.unavailable]
     lines.append("")
     for name, part in found.components.items():
         lines.append(f"{name}: {_signature(part.inputs)} -> {_signature(part.outputs)}")
@@ -65,6 +70,7 @@ def _text(found: Inspection) -> list[str]:
     if found.counted:
         parameters = sum(part.parameters or 0 for part in found.components.values())
         lines.append(f"together: {parameters:,} parameters")
+    lines += [f"condition {name}: {value:g} unless said otherwise" for name, value in found.conditions.items()]
     for steps, table in found.sampler.items():
         default = " (default)" if steps == found.default_steps else ""
         lines += ["", f"sampler, {steps} {'step' if steps == 1 else 'steps'}{default}"]

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgegen.cli.amounts import BYTE_UNITS, amount
 from edgegen.cli.console import Output, clean, names_between_commas, reporting
+from edgegen.cli.student_source import source_options
 
 if TYPE_CHECKING:
     from edgegen.precision.options import Planned
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_NUMBER = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([a-zA-Z%]{0,3})")
 SHOWN_POINTS = 6
-
-
-def _amount(value: str, wanted: str) -> tuple[float, str]:
-    match = _NUMBER.fullmatch(value.strip())
-    if match is None or float(match[1]) == 0:
-        raise click.BadParameter(f"`{value}` is not {wanted}")
-    return float(match[1]), match[2].lower()
 
 
 def _latency(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, Any]:
@@ -30,7 +22,7 @@ def _latency(_: click.Context, __: click.Parameter, value: str | None) -> dict[s
     if value is None:
         return {}
     wanted = "a share of fp32's latency as `0.45` or `45%`, or milliseconds as `20ms`"
-    number, unit = _amount(value, wanted)
+    number, unit = amount(value, wanted)
     if unit == "ms":
         return {"max_latency_ms": number}
     if unit not in ("", "x", "%"):
@@ -43,12 +35,12 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> dict[str,
     if value is None:
         return {}
     wanted = "bytes as `3200000` or `3.2MB`, or a share of fp32's as `30%`"
-    number, unit = _amount(value, wanted)
+    number, unit = amount(value, wanted)
     if unit in ("x", "%"):
         return {"max_size_ratio": number / 100 if unit == "%" else number}
-    if unit not in _UNITS:
+    if unit not in BYTE_UNITS:
         raise click.BadParameter(f"`{value}` is not {wanted}")
-    return {"max_size": int(number * _UNITS[unit])}
+    return {"max_size": int(number * BYTE_UNITS[unit])}
 
 
 @click.command("plan")
@@ -93,6 +85,13 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> dict[str,
 @click.option(
     "--repairs/--no-repairs", default=True, show_default=True, help="Mend weights, biases and the sampler's schedule."
 )
+@click.option(
+    "--qat",
+    type=click.IntRange(min=1),
+    metavar="STEPS",
+    help="Train the quantized weights, without data, to answer as the float student does: at most so many steps.",
+)
+@source_options
 @reporting
 def command(
     model: Path,
@@ -102,6 +101,10 @@ def command(
     max_latency: dict[str, Any],
     max_size: dict[str, Any],
     output: Output,
+    lora: tuple[str, ...],
+    arch: str | None,
+    arch_config: Path | None,
+    inputs: Path | None,
     **asked: Any,
 ) -> None:
     """Choose the precision of every op of MODEL for a device, within a budget of time, bytes and quality.
@@ -114,12 +117,12 @@ def command(
     from edgegen.cache import Cache
     from edgegen.precision.options import PlanOptions
     from edgegen.precision.planner import make_plan, write_planned
-    from edgegen.students.load import load
+    from edgegen.students.source import Source
     from edgegen.targets import load_target
 
     device = load_target(target)
     names = chosen_backends(device, backends)
-    student = load(model)
+    student = Source(lora, arch, arch_config, inputs).open(model)
     options = PlanOptions(**asked, **max_latency, **max_size)
     path = destination or Path(f"{student.config.name}-{device.name}.plan.toml")
     with output.progress() as progress:
@@ -137,13 +140,21 @@ def _text(planned: Planned, path: Path) -> str:
         lines.append(f"  {name:<16}" + "".join(f"{counts.get(one, 0):>14}" for one in used))
     lines.append("")
     said = plan.predicted
+    sure = f", >= {said['picture_psnr_db_sure']:.1f} of other prompts" if "picture_psnr_db_sure" in said else ""
     lines.append(
-        f"  picture     {said['picture_psnr_db']:.1f} dB measured in torch, "
-        f"{said['picture_psnr_db_estimated']:.1f} dB estimated"
+        f"  picture     {said['picture_psnr_db']:.1f} dB measured in torch{sure}, "
+        f"{said['picture_psnr_db_estimated']:.1f} estimated"
     )
     if "picture_psnr_db_unrepaired" in said:
         lines.append(f"              {said['picture_psnr_db_unrepaired']:.1f} dB before the repairs")
+    if "picture_psnr_db_untrained" in said:
+        lines.append(f"              {said['picture_psnr_db_untrained']:.1f} dB before the training")
     lines.append(f"  prompts     move the picture by {said['conditioning_change']:.1%} more or less than in float")
+    if "conditioning_change_sure" in said:
+        lines.append(
+            f"              at the worst step of {said['conditioning_pairs']:.0f} pairs of them; other prompts "
+            f"stay within {said['conditioning_change_sure']:.1%}"
+        )
     if "alignment" in said:
         lines.append(f"  alignment   {said['alignment']:.1%}")
     lines.append(f"  bytes       {said['bytes']:,.0f}, {said['bytes_ratio']:.3f} of fp32")

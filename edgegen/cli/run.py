@@ -2,53 +2,94 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
 
 from edgegen.cli.console import Output, reporting
+from edgegen.errors import UsageError
 
 
 @click.command("run")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, help="What to draw.")
+@click.option("--prompt", help="What to draw, for a student that starts from text.")
+@click.option("--image", "start", type=click.Path(path_type=Path), help="For a student that starts from a picture.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which noise to start from.")
 @click.option("--steps", type=int, help="Sampling steps. Default: what the bundle was built for.")
+@click.option(
+    "--condition", "conditions", metavar="NAME=VALUE", multiple=True, help="A scalar of the student; may be repeated."
+)
+@click.option(
+    "--fps", type=click.FloatRange(0.1, 100), help="Frames a second of a video. Default: the student's, else 16."
+)
 @click.option(
     "-o",
     "--output",
     "picture",
     type=click.Path(path_type=Path),
-    default=Path("out.png"),
-    show_default=True,
-    help="The PNG to write.",
+    help="What to write. A picture: .png. A video: .gif, .webp, .mp4, or .png for six of its frames side by side.  "
+    "[default: out.png, of a video out.gif]",
 )
 @click.option("--backend", metavar="NAME", help="Default: the first in the target's order whose runtime is here.")
 @click.option("--skip-hashes", is_flag=True, help="Trust the bundle's files instead of hashing them all first.")
 @reporting
 def command(
     bundle: Path,
-    prompt: str,
+    prompt: str | None,
+    start: Path | None,
     seed: int,
     steps: int | None,
-    picture: Path,
+    conditions: tuple[str, ...],
+    fps: float | None,
+    picture: Path | None,
     backend: str | None,
     skip_hashes: bool,
     output: Output,
 ) -> None:
-    """Draw a picture with BUNDLE on this machine, and print the path of the PNG.
+    """Draw a picture or a video with BUNDLE on this machine, and print the path of the file.
 
-    Core ML packages are executed by Core ML on macOS and by edgegen's reference evaluator elsewhere, which is said.
+    A picture to start from is turned as its EXIF says, scaled until it covers the student's size, and cut to it around
+    its middle. Core ML packages are executed by Core ML on macOS and by edgegen's reference evaluator elsewhere, which
+    is said.
     """
+    from edgegen.bundle.film import DEFAULT_RATE, check_film_path, write_film
     from edgegen.bundle.open import open_bundle
     from edgegen.bundle.picture import check_png_path, write_png
-    from edgegen.bundle.run import generate
+    from edgegen.bundle.run import Runtime
+    from edgegen.bundle.start_picture import read_start_picture
 
-    check_png_path(picture)
+    if (prompt is None) == (start is None):
+        raise UsageError(
+            "one of `--prompt` and `--image` is needed"
+            if prompt is None
+            else "`--prompt` and `--image` exclude each other",
+            hint=f"edgegen run {shlex.quote(str(bundle))} --prompt 'a red circle'",
+        )
+    scalars = _scalars(conditions)
+    if picture is not None and picture.suffix.lower() == ".png":
+        check_png_path(picture)  # before a large bundle is hashed
     opened = open_bundle(bundle, check_hashes=not skip_hashes)
-    drawn = generate(opened, prompt, seed, steps, backend)
-    write_png(picture, drawn.image)
-    warnings = list(drawn.warnings)
+    film = opened.manifest.task == "image-to-video"
+    picture = picture or Path("out.gif" if film else "out.png")
+    (check_film_path if film else check_png_path)(picture)
+    warnings: list[str] = []
+    with output.progress() as progress:
+        progress.stage("load", 0)
+        with Runtime(opened, backend) as runtime:
+            if start is None:
+                drawn = runtime.generate(prompt or "", seed, steps, scalars, progress)
+            else:
+                given, remarks = read_start_picture(start, *runtime.start_size())
+                warnings += remarks
+                drawn = runtime.generate(given, seed, steps, scalars, progress)
+        if film:
+            rate = fps or opened.manifest.frames_per_second or DEFAULT_RATE
+            progress.stage("write, frame by frame", len(drawn.frames))
+            write_film(picture, drawn.frames, rate, progress.advance)
+        else:
+            write_png(picture, drawn.image)
+    warnings += drawn.warnings
     if opened.extra_files:
         warnings.append(f"`{bundle}` holds files that are not the bundle's: {', '.join(opened.extra_files[:5])}")
     for warning in warnings:
@@ -65,10 +106,25 @@ def command(
         "backend": drawn.backend,
         "executed_by": drawn.executed_by,
         "prompt": prompt,
+        "image": None if start is None else str(start),
+        "conditions": drawn.conditions,
         "seed": drawn.seed,
         "steps": drawn.steps,
-        "size": [drawn.image.shape[1], drawn.image.shape[0]],
+        "size": [drawn.frames.shape[2], drawn.frames.shape[1]],
+        "frames": len(drawn.frames),
         "seconds": drawn.timings,
         "warnings": warnings,
     }
     output.report(report, str(picture))
+
+
+def _scalars(conditions: tuple[str, ...]) -> dict[str, float]:
+    """`NAME=VALUE` pairs; UsageError for what is none."""
+    found = {}
+    for text in conditions:
+        name, _, value = text.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError as error:
+            raise UsageError(f"`--condition {text}` is no NAME=VALUE", hint="`--condition flow_score=2.0`") from error
+    return found

@@ -34,9 +34,13 @@ def evaluate(
 
     KeyError for an input that is missing; further inputs are left alone.
     """
-    held: dict[str, Tensor] = {**weights(program), **{node.name: inputs[node.name] for node in user_inputs(program)}}
-    given = [held[node.name] for node in program.graph.nodes if node.op == "placeholder"]
     runner = Interpreter(program.graph_module) if watch is None else _Watched(program, watch)
     with torch.no_grad():
-        outputs = runner.run(*given, enable_io_processing=False)
+        outputs = runner.run(*arguments(program, inputs), enable_io_processing=False)
     return tuple(outputs)
+
+
+def arguments(program: ExportedProgram, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """What the graph of `program` takes, in order: its weights and `inputs`."""
+    held: dict[str, Tensor] = {**weights(program), **{node.name: inputs[node.name] for node in user_inputs(program)}}
+    return [held[node.name] for node in program.graph.nodes if node.op == "placeholder"]

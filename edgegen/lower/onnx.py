@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
+from edgegen.lower.onnx_exact import exact_constants
 from edgegen.lower.onnx_optimised import PROVIDER, optimised_graph
 from edgegen.lower.onnx_quantize import check_integers, opset_for, quantize_model, refuse, without_dynamic_ranges
 from edgegen.lower.signature import check_call, check_product, check_signature, reason
@@ -88,16 +89,17 @@ class OnnxBackend:
         opset = _opset(request)
         program = without_dynamic_ranges(program)
         try:
-            exported = torch.onnx.export(
-                private_program(program),
-                (),
-                dynamo=True,
-                optimize=True,
-                verbose=False,
-                opset_version=opset,
-                input_names=[spec.name for spec in request.inputs],
-                output_names=[spec.name for spec in request.outputs],
-            )
+            with exact_constants():
+                exported = torch.onnx.export(
+                    private_program(program),
+                    (),
+                    dynamo=True,
+                    optimize=True,
+                    verbose=False,
+                    opset_version=opset,
+                    input_names=[spec.name for spec in request.inputs],
+                    output_names=[spec.name for spec in request.outputs],
+                )
             assert exported is not None
             model = exported.model
             # Asked for a set it cannot reach, the exporter logs a warning and returns the one it had.

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -21,6 +22,10 @@ from edgegen.precision.plan import OpPlan
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+
+
+_SAVING = threading.Lock()
+"""`torch.export.save` puts a reducer into the process's own table of them while it writes, and refuses to find one."""
 
 
 class LowerInChild(BaseModel):
@@ -101,7 +106,8 @@ def _save(program: ExportedProgram, path: str, name: str) -> None:
     import torch
 
     try:
-        torch.export.save(program, path)
+        with _SAVING:
+            torch.export.save(program, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer tells a full disk as a RuntimeError
         reason = " ".join(str(error).split())[:200]
         raise EdgegenError(

@@ -25,6 +25,7 @@ from edgegen.graph.capture import signature
 from edgegen.graph.count import count
 from edgegen.graph.edit import module_path
 from edgegen.graph.evaluate import evaluate
+from edgegen.precision.conditioning import asked, pack
 from edgegen.precision.histogram import Histogram
 from edgegen.precision.plan import Calibration, ComponentPlan, Range
 from edgegen.precision.prompts import Settings, check_prompts
@@ -103,9 +104,9 @@ def calibrate(
     watching = {name: _Watch.of(name, program, settings) for name, program in programs.items()}
     if student.config.sampler is None:
         for name, watch in watching.items():
-            given = student.components[name].example_inputs()
-            named = {spec.name: one for spec, one in zip(student.components[name].inputs, given, strict=True)}
-            watch(named, "its example inputs")
+            for given in student.components[name].samples():
+                named = {spec.name: one for spec, one in zip(student.components[name].inputs, given, strict=True)}
+                watch(named, "its example inputs")
         done(1, 1)
         counts: tuple[int, ...] = ()
     else:
@@ -174,12 +175,12 @@ def affordable(programs: Mapping[str, ExportedProgram], counts: Sequence[int], s
 
 def _draw(student: Student, watching: Mapping[str, _Watch], prompt: str, seed: int, steps: int) -> None:
     """One picture, as `edgegen.students.sample.denoise` draws it, through the watched graphs."""
-    encoder, denoiser, decoder = (watching[name] for name in ("text_encoder", "denoiser", "decoder"))
+    encoder, denoiser, decoder = (watching[name] for name in (student.conditioning.name, "denoiser", "decoder"))
     where = f"prompt “{prompt}”"
-    context = encoder({encoder.inputs[0]: student.tokenize([prompt])}, where)
+    context = encoder({encoder.inputs[0]: student.given([prompt])}, where)
     x = initial_noise(student, [seed])
     for index, step in enumerate(sampler_table(student, steps), start=1):
-        given = {"latent": step.input_scale * x, "context": context}
+        given = {"latent": step.input_scale * x, **asked(student, context, denoiser.inputs)}
         given |= {name: torch.from_numpy(value) for name, value in moment(step, denoiser.inputs).items()}
         prediction = denoiser(given, f"{where}, step {index} of {steps}", step.index)
         x = step.sample * x + step.prediction * prediction
@@ -213,7 +214,7 @@ class _Watch:
         return _Watch(name, program, settings, known, ends, tuple(spec.name for spec in signature(program)))
 
     def __call__(self, inputs: Mapping[str, Tensor], where: str, step: int = 0) -> Tensor:
-        """The first output on `inputs`, every value of interest counted under `step`."""
+        """The output on `inputs` (several: packed), every value of interest counted under `step`."""
         wanted = {one for names in self.ends.values() for one in names}
 
         def see(name: str, module: str, value: Tensor) -> None:
@@ -231,7 +232,7 @@ class _Watch:
         for name, value in inputs.items():
             if name in wanted:
                 see(name, "", value)
-        output = evaluate(self.program, inputs, watch)[0]
+        output = pack(evaluate(self.program, inputs, watch))
         if not torch.isfinite(output).all():
             raise EdgegenError(f"calibration: `{self.name}` gives NaN or infinity on {where}", hint="check the student")
         return output

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 import tempfile
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from pydantic import ValidationError
 from tomlkit.items import Array, InlineTable, Table
 
 from edgegen.errors import UsageError
+from edgegen.files import read_text
 from edgegen.precision.plan import OpPlan, PrecisionPlan, Range
 
 SIZE_LIMIT = 16 * 2**20
@@ -136,13 +136,21 @@ def write_plan(path: Path, plan: PrecisionPlan, notes: Notes | None = None) -> N
 
 def load_plan(path: Path) -> PrecisionPlan:
     """The plan in the file at `path`, whoever it is for. PlanFileError names the key of each thing that is wrong."""
-    text = _text(path)
+    try:
+        text = read_text(path, SIZE_LIMIT)
+    except UsageError as error:
+        raise PlanFileError([error.message]) from error
     try:
         data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise PlanFileError([f"{path}: {error}"]) from error
     except (RecursionError, ValueError) as error:  # nesting without end; an integer of ten thousand digits
         raise PlanFileError([f"{path}: cannot be read ({type(error).__name__})"]) from error
+    if isinstance(data, dict) and data.get("schema_version") == 1:
+        raise PlanFileError(
+            [f"{path}:schema_version: 1 is of an earlier edgegen, whose ranges are of another graph"],
+            hint="make the plan again: `edgegen plan`",
+        )
     odd = [f"{path}:{key}: {message}" for key, message in _odd("", data)]
     if odd:
         raise PlanFileError(odd)
@@ -151,25 +159,6 @@ def load_plan(path: Path) -> PrecisionPlan:
         return PrecisionPlan.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         raise PlanFileError([_problem(path, dict(problem)) for problem in error.errors()]) from error
-
-
-def _text(path: Path) -> str:
-    try:
-        # Non-blocking: a FIFO without a writer would make a plain open wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                raise PlanFileError([f"{path}: is not a regular file"])
-            content = stream.read(SIZE_LIMIT + 1)
-        if len(content) > SIZE_LIMIT:
-            raise PlanFileError([f"{path}: is larger than {SIZE_LIMIT} bytes"])
-        return content.decode()
-    except OSError as error:
-        raise PlanFileError([f"{path}: {error.strerror}"]) from error
-    except UnicodeDecodeError as error:
-        raise PlanFileError([f"{path}: is not UTF-8 text (byte {error.start})"]) from error
-    except ValueError as error:  # a NUL in the path
-        raise PlanFileError([f"{path}: {error}"]) from error
 
 
 def _odd(key: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:

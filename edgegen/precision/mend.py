@@ -137,7 +137,7 @@ class Mender:
                 made, base = self._better(plans, made, tried, base, said, bool(tensors))
             self.done()
         if any(plan.compressed for name, plan in plans.items() if name != "decoder"):
-            factors, said = self._schedule(plans, made)
+            factors, said = self.schedule(plans, made)
             made, base = self._better(plans, made, replace(made, schedule=factors), base, said, bool(factors))
         self.done()
         whole = Repair(name="picture", where="held-out prompts", before_db=psnr(start), after_db=psnr(base))
@@ -174,7 +174,8 @@ class Mender:
         tensors, said = kept_tensors(self.cache, "plan-repair", self._parts(parts), make)
         return tensors, [Repair.model_validate(one) for one in said]
 
-    def _schedule(self, plans: Mapping[str, ComponentPlan], made: Mended) -> tuple[dict[int, Factors], list[Repair]]:
+    def schedule(self, plans: Mapping[str, ComponentPlan], made: Mended) -> tuple[dict[int, Factors], list[Repair]]:
+        """Steps -> factors learned for `plans` on the graphs of `made`, () left out; and what each brought."""
         floats = {name: network.program for name, network in self.networks.items()}
         quantized = {name: network.program for name, network in made.networks(self.networks).items()}
         parts = {name: plan.model_dump(mode="json") for name, plan in plans.items()}
@@ -228,7 +229,7 @@ class Mender:
             Drawing(self.student, self.networks),
             tuple(
                 Sample(ids, default_settings().seed + first + index, ids, steps)
-                for index, ids in enumerate(self.student.tokenize([one]) for one in self._chosen[first:])
+                for index, ids in enumerate(self.student.given([one]) for one in self._chosen[first:])
                 for steps in self._counts
             ),
         )
@@ -258,8 +259,8 @@ class Mender:
         found[1].update({name: [] for name in self.networks})
         for index, prompt in enumerate(self._chosen):
             into = found[index >= len(self._chosen) - self._kept]
-            ids = self.student.tokenize([prompt])
-            into["text_encoder"].append({self.networks["text_encoder"].inputs[0]: ids})
+            ids = self.student.given([prompt])
+            into[drawing.encoder].append({self.networks[drawing.encoder].inputs[0]: ids})
             for steps in self._counts:
                 drawn = drawing.draw(ids, default_settings().seed + index, steps)
                 into["denoiser"] += [

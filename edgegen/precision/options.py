@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from edgegen.precision.budget import Aim, Budget
 from edgegen.precision.file import Notes
@@ -51,7 +51,12 @@ class PlanOptions(BaseModel):
     repairs: bool = False
     """Scales moved, weights rounded, biases corrected and the schedule learned, where each helps: `edgegen plan` asks
     for it. Such a plan has tensors beside it, so `write_planned` is what writes it."""
+    qat: Annotated[int, Field(ge=1)] | None = None
+    """At most so many steps of training after the repairs; None: none. Tensors as with `repairs`."""
     samples: int = 4
+    """That sensitivity is estimated on."""
+    judged: Annotated[int, Field(ge=2)] = 32
+    """Pairs of prompts that a whole plan is judged on; large students have fewer."""
     projections: int = 6
     confirmed: int = 12
     """So many of the greatest effects are measured."""

@@ -1,4 +1,4 @@
-"""A text-to-image student tried on prompts: its pictures, and how it hears what it is asked for."""
+"""A student that draws tried on prompts: its pictures, and how it hears what it is asked for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,10 +15,17 @@ from edgegen.precision.sensitivity import Effect, Key, Options, Plans
 from edgegen.precision.simulate import Changed, Drawing, Drawn, Network, mean_square
 from edgegen.precision.taps import Dots, Tap, changes, gradients, tapped
 from edgegen.students.sampler import SamplerStep
+from edgegen.verify.gates import default_gates, heard
 from edgegen.verify.metrics import DEGENERATE_BELOW, sensitivity
+
+if TYPE_CHECKING:
+    from edgegen.precision.panel import Judged, Panel
 
 PEAK_SQUARED = 4.0
 """Of pictures in -1..1: a loss is a mean squared error over this, so that its decibels are PSNR."""
+
+TOLERANCE = 0.05
+"""Of how prompts are heard, where a plan is asked for nothing else."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,8 @@ class Pictures:
     """Random vectors a sample."""
     truth: Drawing | None = None
     """What pictures are held against, where that is not `drawing` in float: its graphs before repairs."""
+    panel: Panel | None = None
+    """What a whole plan is judged by."""
 
     @property
     def networks(self) -> Mapping[str, Network]:
@@ -73,6 +83,11 @@ class Pictures:
     def loss(self, plans: Plans) -> float:
         return sum(self._losses(plans)) / self.count
 
+    def judged(self, plans: Plans) -> Judged:
+        """These ops together before the panel."""
+        assert self.panel is not None
+        return self.panel.judged(self._truth, self.drawing, plans)
+
     def worst(self, plans: Plans) -> float:
         """The loss of the pictures of that number of steps which loses most."""
         found: dict[int, list[float]] = {}
@@ -92,19 +107,32 @@ class Pictures:
         """By how much, as a share, these ops change the norm or the direction of what another prompt changes: the
         worst step of the worst sample, at the latents of the float picture, as gates measure it."""
         made = self._made(plans)
-        found = []
-        for sample, drawn in zip(self.samples, self.floats, strict=True):
-            floats = [self._truth.answers(drawn, ids) for ids in (sample.ids, sample.other_ids)]
-            others = [self.drawing.answers(drawn, ids, made) for ids in (sample.ids, sample.other_ids)]
-            for answers in zip(*floats, *others, strict=True):
-                moved = sensitivity(*(one.numpy() for one in answers))
-                if moved.ratio is not None and moved.cosine is not None:
-                    turned = 1.0 / moved.cosine - 1.0 if moved.cosine > 0 else 1.0
-                    found.append(max(abs(moved.ratio - 1.0), turned))
-        return max(found, default=0.0)
+        return max(
+            moved(
+                [self._truth.answers(drawn, ids) for ids in (sample.ids, sample.other_ids)],
+                [self.drawing.answers(drawn, ids, made) for ids in (sample.ids, sample.other_ids)],
+            )
+            for sample, drawn in zip(self.samples, self.floats, strict=True)
+        )
 
     def _made(self, plans: Plans) -> dict[str, dict[str, Changed]]:
         return {name: self.networks[name].changes(ops) for name, ops in plans.items()}
+
+
+def moved(
+    expected: Sequence[Sequence[Tensor]], found: Sequence[Sequence[Tensor]], tolerance: float = TOLERANCE
+) -> float:
+    """By how much, as a share, the norm or the direction of what another prompt changes is another: the worst step, as
+    gates that allow `tolerance` measure it. `expected`, `found`: the denoiser's answers at every step to one prompt,
+    and to the other."""
+    sqnr_gate = default_gates().sqnr_db["plan"]
+    worst = 0.0
+    for answers in zip(*expected, *found, strict=True):
+        step = sensitivity(*(one.numpy() for one in answers))
+        if not step.degenerate:
+            change = heard(step, tolerance, sqnr_gate)
+            worst = max(worst, 1.0 if change is None else change)
+    return worst
 
 
 class _Backward:
@@ -123,8 +151,8 @@ class _Backward:
         other = self._drawing.encode(self._sample.other_ids)
         for step, x in reversed(list(zip(self._drawn.table, self._drawn.latents, strict=True))):
             toward = self._step(step, x, other, toward)
-        if self._changed["text_encoder"]:
-            self._text_encoder()
+        if self._changed[self._drawing.encoder]:
+            self._encoder()
 
     def _decoder(self, generator: torch.Generator) -> list[Tensor]:
         """What each functional is of the last latent."""
@@ -169,10 +197,10 @@ class _Backward:
         self._away += 0.0 if at_context is None else at_context
         return before
 
-    def _text_encoder(self) -> None:
-        encoder = self._drawing.networks["text_encoder"]
+    def _encoder(self) -> None:
+        encoder = self._drawing.networks[self._drawing.encoder]
         for ids, wanted in ((self._sample.ids, self._contexts), (self._sample.other_ids, [self._away])):
-            context, taps = tapped(encoder, {encoder.inputs[0]: ids}, self._changed["text_encoder"])
+            context, taps = tapped(encoder, {encoder.inputs[0]: ids}, self._changed[self._drawing.encoder])
             for k, toward in enumerate(wanted, start=1):
                 found = gradients(context, _values(taps), toward, k < len(wanted))
                 if k == len(wanted):

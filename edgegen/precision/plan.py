@@ -105,7 +105,8 @@ class FrontPoint(_Model):
 class PrecisionPlan(_Model):
     """The plan of one student for one target; `tensors_sha256` is that of what repairs changed, a file beside it."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
+    """1 had its ranges before the scale of attentions and the sums of upsamplings were folded."""
     student: str
     student_sha256: str
     target: str

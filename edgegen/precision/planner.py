@@ -15,8 +15,10 @@ from edgegen.precision.cost import places, refusal
 from edgegen.precision.file import PlanFileError, bad_ranges, load_plan, nearest, write_plan
 from edgegen.precision.options import Planned, PlanOptions, Progress
 from edgegen.precision.plan import COMPRESSED, ComponentPlan, OpPlan, PrecisionPlan
+from edgegen.precision.prompts import check_prompts, default_settings, prompts_for
 from edgegen.precision.repair.q_sched import FARTHEST
 from edgegen.precision.repair.tensors import save
+from edgegen.precision.repair.trained import check_memory
 from edgegen.precision.simulate import Network
 from edgegen.precision.sites import Site, sites
 from edgegen.precision.stages import Stages
@@ -41,8 +43,10 @@ def make_plan(
     """
     _check(student, target, backends, options)
     progress.stage("capture, canonical passes", 1)
-    made = programs if programs is not None else canonical_programs(student)
+    made = programs if programs is not None else canonical_programs(student, backends)
     networks = {name: Network(name, program, sites(program)) for name, program in made.items()}
+    if options.qat is not None:
+        check_memory(networks)
     progress.advance()
     return Stages(student, target, tuple(backends), options, cache, progress, networks).make()
 
@@ -67,15 +71,30 @@ def _check(student: Student, target: Target, backends: Sequence[str], options: P
             raise UsageError(f"precision `{precision}` is unknown", hint=f"choose from {', '.join(known)}")
         without = [name for name in backends if precision not in target.backend(name).precisions]
         if without:
-            offered = ", ".join(target.backend(without[0]).precisions)
-            raise UsageError(
-                f"target `{target.name}` does not execute {precision} with `{without[0]}`", hint=f"it has {offered}"
-            )
+            raise _not_executed(precision, without[0], target)
+    if student.config.sampler is not None:  # all of them, before anything is computed: those at the end judge the plan
+        check_prompts(student, prompts_for(student, options.calibration), default_settings().fewest)
     if options.min_alignment is not None and student.config.name != "shapes":
         raise UsageError(
             f"the alignment of student `{student.config.name}` cannot be judged: only pictures of `shapes` can",
             hint="ask for `--min-psnr` instead",
         )
+
+
+_CONSTANT_SCALES = ("coreml", "coreai")
+"""Runtimes whose int8 arithmetic has scales that are constants of the file."""
+_INSTEAD = {"w8a8-dynamic": ("w8a8", "w8"), "w8a8": ("w8a8-dynamic", "w8"), "w8": ("w8a8", "w8a8-dynamic", "w6")}
+
+
+def _not_executed(precision: str, backend: str, target: Target) -> UsageError:
+    """Why, as far as it is known, and what to ask for in its place."""
+    offered = target.backend(backend).precisions
+    said = f"target `{target.name}` does not execute {precision} with `{backend}`"
+    if precision == "w8a8-dynamic" and backend in _CONSTANT_SCALES:
+        said += ": scales of its int8 arithmetic are constants of the file, and these are found at run time"
+    instead = next((one for one in _INSTEAD.get(precision, ()) if one in offered), None)
+    asked = "" if instead is None else f"`--precision-set {instead}`; "
+    return UsageError(said, hint=f"{asked}it has {', '.join(offered)}")
 
 
 def read_plan(
@@ -115,7 +134,7 @@ def check_plan(
     if stray:
         raise PlanFileError([f"{where}backends: target `{target.name}` does not run `{stray[0]}`"])
     problems = _sampler_problems(plan, student, where)
-    made = programs if programs is not None else canonical_programs(student)
+    made = programs if programs is not None else canonical_programs(student, plan.backends)
     for name, part in plan.components.items():
         if name not in made:
             problems.append(f"{where}components.{name}: the student has no such component{nearest(name, made)}")
@@ -162,6 +181,8 @@ def _component_problems(
             problems.append(f"{where}: the student has no such op{nearest(key, known)}")
         elif op.op != known[key].kind:
             problems.append(f"{where}.op: it is a {known[key].kind}, not a {op.op}")
+        elif op.weights and op.weights != known[key].weights:
+            problems.append(f"{where}.weights: it has {known[key].weights} in the graph of the plan's backends")
         else:
             reasons = [refusal(op.op, op.precision, at[key], on) for on in runtimes]
             problems += [f"{where}.precision: {op.precision} is refused: {one}" for one in reasons if one]

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from edgegen.errors import UsageError
+from edgegen.files import shipped
 
 if TYPE_CHECKING:
     from edgegen.students.student import Student
 
 SIZE_LIMIT = 1 << 20
 """Bytes of a file of prompts."""
+PICTURES = 64
+"""Example pictures that a student which starts from one is calibrated on, at most."""
 LONGEST = 2000
 """Letters of a prompt."""
 
@@ -41,13 +44,7 @@ class Settings(BaseModel):
 
 def data_folder() -> Path:
     """`calibration/` of the checkout, or its copy in the installed package."""
-    package = Path(__file__).parents[1]
-    for folder in (package / "_data" / "calibration", package.parent / "calibration"):
-        if (folder / "settings.toml").is_file():
-            return folder
-    raise UsageError(
-        "the calibration prompts that ship with edgegen are missing", hint="pip install --force-reinstall edgegen"
-    )
+    return shipped("calibration", "settings.toml", "the calibration prompts")
 
 
 @cache
@@ -58,11 +55,14 @@ def default_settings() -> Settings:
 
 def prompts_for(student: Student, path: Path | None = None) -> tuple[str, ...]:
     """The prompts of the file at `path`, or the first file that ships, that of the student's name before others, whose
-    words the student's tokenizer knows. () for a student without a tokenizer. UsageError when there is none."""
-    if student.tokenizer_json is None:
+    words the student's tokenizer knows. A student that starts from a picture has names of example pictures in place
+    of prompts; one that draws nothing has (). UsageError when there is none."""
+    if student.config.conditioning is None:
         return ()
     if path is not None:
         return read_prompts(path)
+    if student.config.conditioning == "image_encoder":
+        return tuple(f"example picture {index}" for index in range(1, PICTURES + 1))
     folder = data_folder()
     files = sorted(folder.glob("*.txt"), key=lambda file: (file.stem != student.config.name, file.stem != "general"))
     for file in files:
@@ -120,6 +120,8 @@ def _broken(prompt: str) -> str | None:
 
 def _unknown(student: Student, prompt: str) -> bool:
     """Whether more than half of the words of `prompt` are the tokenizer's unknown one."""
+    if student.tokenizer_json is None:
+        return False
     unknown = getattr(student.tokenizer.model, "unk_token", None)
     made = student.tokenizer.encode(prompt)
     words = [token for token, special in zip(made.tokens, made.special_tokens_mask, strict=True) if not special]

@@ -7,28 +7,22 @@ quantized from float16 and dequantized to it.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-
-# Registers the ops; nothing of it is called.
-import torch.ao.quantization.fx._decomposed
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 from edgegen.errors import EdgegenError
 from edgegen.graph.edit import Editor
-from edgegen.precision.encode import ACTIVATION_MAX, ACTIVATION_MIN, Encoded, activation_qparams, encode_weight
+from edgegen.precision.arithmetic import by_row, by_tensor, int32_bias, out, static
+from edgegen.precision.encode import Encoded, activation_qparams, encode_weight
 from edgegen.precision.plan import COMPRESSED, ComponentPlan, OpPlan, Range
 from edgegen.precision.sites import CONVS, channel_axis, resolve
 
 aten, qd = torch.ops.aten, torch.ops.quantized_decomposed
-_CODES = (ACTIVATION_MIN, ACTIVATION_MAX, torch.int8)
 _UPSAMPLINGS = (aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default)
-_EPSILON = 2.0**-23
-"""The least scale of a tensor whose range is taken when it is computed, as ExecuTorch has it."""
 
 
 def quantized(program: ExportedProgram, ops: Mapping[str, OpPlan], *, by: str = "quantize") -> ExportedProgram:
@@ -129,18 +123,11 @@ class _Writer:
         return made
 
     def _bias(self, node: Node, weight: Node, bias: Node, range: Range) -> Node:
-        """`bias` as int8 arithmetic adds it: a whole number of the steps of its int32 sums, for each output channel.
-
-        Less than a thousandth of an output's step, and still it is what makes runtimes round single codes otherwise
-        than a float bias would, which a deep graph then carries on.
-        """
         value, held = self._editor.value(bias), self._editor.value(weight.args[1])
         if value is None or held is None or weight.target is not qd.dequantize_per_channel.default:
             return bias
-        step = held.double() * activation_qparams(range)[0]
         with self._editor.at(node):
-            whole = ((value.double() / step).round() * step).to(value.dtype)
-            return self._editor.constant(whole, self._editor.named(node, "bias_int32"))
+            return self._editor.constant(int32_bias(value, held, range), self._editor.named(node, "bias_int32"))
 
     def _dequantized(self, node: Node, encoded: Encoded, dtype: torch.dtype) -> Node:
         editor = self._editor
@@ -149,7 +136,7 @@ class _Writer:
         scales = editor.constant(encoded.scales, editor.named(node, "weight_scales"))
         zeros = editor.constant(torch.zeros(len(encoded.scales), dtype=torch.int64), editor.named(node, "weight_zeros"))
         target, axis = qd.dequantize_per_channel.default, encoded.axis
-        return editor.call(target, codes, scales, zeros, axis, -127, 127, torch.int8, **_out(dtype))
+        return editor.call(target, codes, scales, zeros, axis, -127, 127, torch.int8, **out(dtype))
 
     def _static(self, reader: Node, value: Node, range: Range) -> Node:
         """`value` through int8 of `range`; what comes out of the same int8 already is left."""
@@ -163,9 +150,8 @@ class _Writer:
         return self._pairs[key]
 
     def _pair(self, value: Node, scale: float, zero: int) -> Node:
-        codes = self._editor.call(qd.quantize_per_tensor.default, value, scale, zero, *_CODES)
-        out = _out(value.meta["val"].dtype)
-        return self._editor.call(qd.dequantize_per_tensor.default, codes, scale, zero, *_CODES, **out)
+        made: Node = static(self._editor.call, value, scale, zero, value.meta["val"].dtype)
+        return made
 
     def _output(self, value: Node, range: Range) -> None:
         scale, zero = activation_qparams(range)
@@ -182,23 +168,9 @@ class _Writer:
         key = (value, rows)
         if key not in self._pairs:
             with self._editor.at(reader):
-                self._pairs[key] = self._by_row(value) if rows else self._by_tensor(value)
+                dtype = value.meta["val"].dtype
+                self._pairs[key] = (by_row if rows else by_tensor)(self._editor.call, value, dtype)
         return self._pairs[key]
-
-    def _by_row(self, value: Node) -> Node:
-        call = self._editor.call
-        chosen = call(qd.choose_qparams_per_token_asymmetric.default, value, torch.int8)
-        scale, zero = (call(operator.getitem, chosen, place) for place in (0, 1))
-        codes = call(qd.quantize_per_token.default, value, scale, zero, *_CODES)
-        return call(qd.dequantize_per_token.default, codes, scale, zero, *_CODES, value.meta["val"].dtype)
-
-    def _by_tensor(self, value: Node) -> Node:
-        call = self._editor.call
-        chosen = call(qd.choose_qparams.tensor, value, *_CODES[:2], _EPSILON, torch.int8)
-        scale, zero = (call(operator.getitem, chosen, place) for place in (0, 1))
-        codes = call(qd.quantize_per_tensor.tensor, value, scale, zero, *_CODES)
-        out = _out(value.meta["val"].dtype)
-        return call(qd.dequantize_per_tensor.tensor, codes, scale, zero, *_CODES, **out)
 
 
 def tail(node: Node) -> Node:
@@ -208,8 +180,3 @@ def tail(node: Node) -> Node:
         if reader.target is aten.relu.default:
             return reader
     return node
-
-
-def _out(dtype: torch.dtype) -> dict[str, Any]:
-    """float32 is what the ops give unasked, and not every converter reads the argument."""
-    return {} if dtype is torch.float32 else {"out_dtype": dtype}

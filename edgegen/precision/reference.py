@@ -1,9 +1,10 @@
 """What a student computes under a plan, in torch: the one reference that every backend's artifacts are held against.
 
-The reference runs on the canonical graphs, so it is the same for all backends. A backend's own graph has its sums in
-another order, which moves single codes, and what one moved code changes is rounded anew by every op behind it: two
-realisations of one plan differ by about as much as each does from float, or a few dB less. Only a plan that keeps
-close to float can be held to a close match.
+The reference runs on the canonical graphs, so it is the same for all backends, and adds in whole numbers, as they do
+(`edgegen.precision.integers`). What is float between its codes a backend sums in another order, which moves single
+codes, and what one moved code changes is rounded anew by every op behind it: in a deep graph of norms and attentions
+two realisations of one plan differ by about as much as each does from float, or a few dB less. Without those they are
+the same to the bit, or nearly.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch.fx import Node
 
 from edgegen.errors import EdgegenError
 from edgegen.graph.edit import Editor
-from edgegen.graph.evaluate import evaluate
 from edgegen.lower.backend import Array
+from edgegen.precision.integers import evaluate_integers
 from edgegen.precision.plan import ComponentPlan
 from edgegen.precision.quantize import quantized
 from edgegen.precision.sites import resolve
@@ -82,7 +83,7 @@ def _scales(user: Node) -> bool:
 
 def _outputs(name: str, program: ExportedProgram, sample: Sample) -> dict[str, Array]:
     given = {key: torch.from_numpy(np.array(value)) for key, value in sample.inputs.items()}
-    values = [value.numpy() for value in evaluate(program, given)]
+    values = [value.numpy() for value in evaluate_integers(program, given)]
     if not all(np.isfinite(value).all() for value in values):
         raise EdgegenError(
             f"`{name}` under its plan gives NaN or infinity on {sample.label}", hint="make the plan again"

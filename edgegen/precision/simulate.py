@@ -17,17 +17,15 @@ from torch.fx import Interpreter, Node
 
 from edgegen.graph.capture import signature
 from edgegen.graph.edit import user_inputs, weights
-from edgegen.precision.encode import activation_qparams, encode_weight
-from edgegen.precision.plan import OpPlan, Range
+from edgegen.precision.arithmetic import at_once, by_row, by_tensor, fake_quantized, int32_bias
+from edgegen.precision.conditioning import asked, pack
+from edgegen.precision.encode import encode_weight
+from edgegen.precision.plan import OpPlan
 from edgegen.precision.repair.q_sched import Factors, applied
 from edgegen.precision.sites import Site
 from edgegen.students.sample import decoder_input, initial_noise, sampler_table
 from edgegen.students.sampler import SamplerStep, moment
 from edgegen.students.student import Student
-
-LOW, HIGH = -128, 127
-EPSILON = 2.0**-23
-"""The least scale of a tensor whose range is taken when it is computed, as in `edgegen.precision.quantize`."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,16 @@ class Changed:
     op: OpPlan
     weight: Tensor | None
     """What is left of the weight after compression; None for a matmul."""
+    bias: Tensor | None = None
+    """Where it is not the float op's."""
 
     def __call__(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         assert callable(node.target)
         given = list(args)
         if self.weight is not None:
             given[1] = self.weight
+        if self.bias is not None:
+            given[2] = self.bias
         if self.op.precision == "w8a8":
             assert self.op.input is not None and self.op.output is not None
             given[0] = fake_quantized(given[0], self.op.input)
@@ -52,26 +54,17 @@ class Changed:
             made: Tensor = node.target(*given, **kwargs)
             return fake_quantized(made, self.op.output)
         if self.op.precision == "w8a8-dynamic":
-            given[0] = _dynamic(given[0], by_row=self.op.op == "linear")
+            given[0] = _dynamic(given[0], rows=self.op.op == "linear")
             if self.op.op == "matmul":
-                given[1] = _dynamic(given[1], by_row=False)
+                given[1] = _dynamic(given[1], rows=False)
         result: Tensor = node.target(*given, **kwargs)
         return result
 
 
-def fake_quantized(x: Tensor, range: Range) -> Tensor:
-    """`x` through the int8 codes of `range` and back."""
-    scale, zero_point = activation_qparams(range)
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, LOW, HIGH)
-
-
-def _dynamic(x: Tensor, by_row: bool) -> Tensor:
+def _dynamic(x: Tensor, rows: bool) -> Tensor:
     """`x` through int8 codes of its own range, that of each row along the last axis or of the whole."""
-    low = (x.amin(-1, keepdim=True) if by_row else x.amin()).clamp(max=0.0)
-    high = (x.amax(-1, keepdim=True) if by_row else x.amax()).clamp(min=0.0)
-    scale = ((high - low) / 255.0).clamp(min=EPSILON)
-    zero_point = (LOW - low / scale).round()
-    return ((x / scale + zero_point).round().clamp(LOW, HIGH) - zero_point) * scale
+    made: Tensor = (by_row if rows else by_tensor)(at_once, x, x.dtype)
+    return made
 
 
 Observe = Callable[[Node, tuple[Any, ...], dict[str, Any], Tensor], Tensor]
@@ -101,7 +94,10 @@ class Network:
     program: ExportedProgram
     sites: Mapping[str, Site]
     _weights: dict[str, Tensor] = field(default_factory=dict)
-    _encoded: dict[tuple[str, str, str, int], Tensor] = field(default_factory=dict)
+    _encoded: dict[tuple[str, str, str, int], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    """Decoded, with the scales of what has any."""
+    _biases: dict[str, str] = field(default_factory=dict)
+    """Call -> the placeholder of its bias."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -114,14 +110,28 @@ class Network:
 
     def changed(self, key: str, op: OpPlan) -> Changed:
         site = self.sites[key]
-        weight = self.weight(key)
+        weight, bias = self.weight(key), None
         if weight is not None and op.precision not in ("fp32", "fp16"):
             bits = op.precision[:2]
             known = (key, bits, op.form, op.group)
             if known not in self._encoded:
-                self._encoded[known] = encode_weight(weight, op, site.axis, name=key).decode()
-            weight = self._encoded[known]
-        return Changed(op, weight)
+                encoded = encode_weight(weight, op, site.axis, name=key)
+                self._encoded[known] = encoded.decode(), encoded.scales
+            weight, scales = self._encoded[known]
+            bias = self._bias(key)
+            if bias is not None and op.precision == "w8a8":
+                assert op.input is not None and scales is not None
+                bias = int32_bias(bias, scales, op.input)
+        return Changed(op, weight, bias)
+
+    def _bias(self, key: str) -> Tensor | None:
+        """Of a site that adds a constant one."""
+        if not self._biases:
+            for node in self.program.graph.nodes:
+                if node.op == "call_function" and len(node.args) > 2 and isinstance(node.args[2], Node):
+                    self._biases[node.name] = node.args[2].name
+        name = None if self.sites[key].kind == "matmul" else self._biases.get(self.sites[key].node)
+        return None if name is None else self._held().get(name)
 
     def changes(self, ops: Mapping[str, OpPlan]) -> dict[str, Changed]:
         """By the names of calls, of those of `ops` that are more than a float."""
@@ -163,16 +173,21 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A text-to-image student as graphs."""
+    """A student that draws, as graphs. What it is asked for is one tensor: see `edgegen.precision.conditioning`."""
 
     student: Student
     networks: Mapping[str, Network]
     schedule: Mapping[int, Factors] = field(default_factory=dict)
     """Steps -> factors of the sampler's table (Q-Sched)."""
 
+    @property
+    def encoder(self) -> str:
+        """The component that runs once, before the denoiser."""
+        return self.student.conditioning.name
+
     def denoiser_inputs(self, step: SamplerStep, latent: Tensor, context: Tensor) -> dict[str, Tensor]:
         names = self.networks["denoiser"].inputs
-        given = {"latent": step.input_scale * latent, "context": context}
+        given = {"latent": step.input_scale * latent, **asked(self.student, context, names)}
         given |= {name: torch.from_numpy(value) for name, value in moment(step, names).items()}
         return given
 
@@ -184,9 +199,9 @@ class Drawing:
         table = applied(sampler_table(self.student, steps), self.schedule.get(steps, ()))
         changes = {name: one for name, one in (changes or {}).items() if one}
         context = (
-            known.context if known and "text_encoder" not in changes else self.encode(ids, changes.get("text_encoder"))
+            known.context if known and self.encoder not in changes else self.encode(ids, changes.get(self.encoder))
         )
-        if known is not None and not {"text_encoder", "denoiser"} & set(changes):
+        if known is not None and not {self.encoder, "denoiser"} & set(changes):
             latents, ready = known.latents, known.decoder_input
         else:
             x, held = initial_noise(self.student, [seed]), []
@@ -204,16 +219,16 @@ class Drawing:
 
     @torch.no_grad()
     def encode(self, ids: Tensor, changed: Mapping[str, Changed] | None = None) -> Tensor:
-        return self._only("text_encoder", ids, changed)
+        return self._only(self.encoder, ids, changed)
 
     def _only(self, name: str, value: Tensor, changed: Mapping[str, Changed] | None) -> Tensor:
         network = self.networks[name]
-        return network({network.inputs[0]: value}, changed)[0]
+        return pack(network({network.inputs[0]: value}, changed))
 
     @torch.no_grad()
     def answers(self, drawn: Drawn, ids: Tensor, changes: Changes | None = None) -> tuple[Tensor, ...]:
         """The denoiser's word, at each latent of `drawn`, on another prompt."""
-        context = self.encode(ids, (changes or {}).get("text_encoder"))
+        context = self.encode(ids, (changes or {}).get(self.encoder))
         return tuple(
             self.networks["denoiser"](self.denoiser_inputs(step, x, context), (changes or {}).get("denoiser"))[0]
             for step, x in zip(drawn.table, drawn.latents, strict=True)

@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgegen.cache import Cache
 from edgegen.errors import UsageError
 from edgegen.graph.count import count
-from edgegen.precision.budget import Budget, Measured, problem, psnr, refused, settle, within
+from edgegen.precision.budget import Budget, Measured, problem, psnr, within
 from edgegen.precision.calibrate import Ranges, affordable, calibrate_once
 from edgegen.precision.calls import Calls
 from edgegen.precision.canonical import canonical_passes, timesteps_of
-from edgegen.precision.choose import Choice, InfeasibleError
+from edgegen.precision.choose import Choice, InfeasibleError, Problem, choose
 from edgegen.precision.cost import Candidate, candidates, float_precision, places
-from edgegen.precision.expected import expected, fp32_bytes, front
+from edgegen.precision.expected import expected, fp32_bytes, front, measured_of, said
 from edgegen.precision.file import Notes
 from edgegen.precision.memo import kept, planner_fingerprint
 from edgegen.precision.mend import Mended, Mender, Repair
 from edgegen.precision.options import Planned, PlanOptions, Progress
-from edgegen.precision.pictures import Pictures, Sample
+from edgegen.precision.panel import panel
+from edgegen.precision.pictures import TOLERANCE, Pictures, Sample
 from edgegen.precision.plan import ComponentPlan, OpPlan, Precision, PrecisionPlan
 from edgegen.precision.prompts import default_settings, prompts_for
+from edgegen.precision.refusal import refused
 from edgegen.precision.repair.tensors import content, serialised
+from edgegen.precision.repair.trained import Trainer
 from edgegen.precision.sensitivity import Confirmed, Effect, Key, average, confirm
+from edgegen.precision.settle import MissedError, settle
 from edgegen.precision.simulate import Drawing, Network
 from edgegen.students.sample import sampler_table
 from edgegen.students.student import Student
 from edgegen.targets import Target
 
-CONFIRMATION_MACS = 2e12
-"""Multiply-accumulates that measuring single ops may take: about 20 s on two cores."""
+CONFIRMATION_MACS = 1e12
+"""Multiply-accumulates that measuring single ops may take, each as if from the start: about 10 s on two cores."""
+MENDABLE = 2.5
+"""How many times as much as it may a plan may lose before it is not tried with repairs: they brought up to 8 dB."""
 Experiment = Pictures | Calls
 Plans = Mapping[str, Mapping[str, OpPlan]]
 
@@ -59,7 +65,8 @@ class Stages:
         reason = Mender.refusal(self.student, pool)
         if reason is not None:
             made = self._made(None)
-            return replace(made, repairs=(Repair(name="repairs", where="all components", reason=reason),))
+            none = Repair(name="repairs", where="all components", reason=reason)
+            return replace(made, repairs=(none, *made.repairs))
         self.progress.stage("equalise", len(self.networks))
         mender = Mender(self.student, self.networks, pool, self.cache, self.progress.advance)
         equal = mender.equalised()
@@ -85,28 +92,73 @@ class Stages:
                 chosen[item.component][item.key] = ops[key][item.options.index(option)]
             return chosen
 
-        try:
-            choice, measured = settle(
-                asked, budget, lambda one: self._measured(experiment, plans(one)), self.progress.advance
+        def measure(choice: Choice) -> Measured:
+            return self._measured(experiment, plans(choice))
+
+        def planned(choice: Choice, measured: Measured) -> Planned:
+            components = {name: ComponentPlan(float_precision=base, ops=made) for name, made in plans(choice).items()}
+            plan = PrecisionPlan(
+                student=self.student.config.name,
+                student_sha256=self.student.fingerprint,
+                target=self.target.name,
+                target_sha256=self.target.sha256,
+                backends=self.backends,
+                components=components,
+                calibration=observed.calibration,
+                budget=self.options.asked(budget),
+                predicted=self._predicted(choice, measured, confirmed.rank_correlation),
+                front=front(whole, self.backends),
             )
-        except InfeasibleError as error:
-            raise refused(error, asked) from error
-        components = {name: ComponentPlan(float_precision=base, ops=made) for name, made in plans(choice).items()}
-        plan = PrecisionPlan(
-            student=self.student.config.name,
-            student_sha256=self.student.fingerprint,
-            target=self.target.name,
-            target_sha256=self.target.sha256,
-            backends=self.backends,
-            components=components,
-            calibration=observed.calibration,
-            budget=self.options.asked(budget),
-            predicted=self._predicted(choice, measured, confirmed.rank_correlation),
-            front=front(whole, self.backends),
-        )
-        notes = _notes(options, confirmed)
-        planned = Planned(plan, notes, confirmed.rank_correlation, len(confirmed.measured))
-        return planned if mender is None else self._mended(mender, planned, experiment, measured, budget)
+            return Planned(plan, _notes(options, confirmed), confirmed.rank_correlation, len(confirmed.measured))
+
+        made = None if mender is None else self._hopeful(mender, asked, budget, measure, planned, experiment)
+        if made is None:
+            try:
+                choice, measured = settle(asked, budget, measure, self.progress.advance)
+            except (InfeasibleError, MissedError) as error:
+                raise refused(error, asked, budget, measure, self.progress.advance) from error
+            made = planned(choice, measured)
+            if mender is not None:
+                made = self._mended(mender, made, experiment, measured, budget)
+        return made if self.options.qat is None else self._trained(mender, made, experiment, budget)
+
+    def _hopeful(
+        self,
+        mender: Mender,
+        asked: Problem,
+        budget: Budget,
+        measure: Callable[[Choice], Measured],
+        planned: Callable[[Choice, Measured], Planned],
+        experiment: Experiment,
+    ) -> Planned | None:
+        """What the estimates choose, where it misses its budget by so little that repairs bring it there: fewer ops
+        have to stay float then than if plans had to do without."""
+        try:
+            choice = choose(asked)
+        except InfeasibleError:
+            return None
+        before = measure(choice)
+        if before.keeps(budget) or before.short(budget) > MENDABLE:
+            return None
+        made = self._mended(mender, planned(choice, before), experiment, before, budget)
+        return made if measured_of(made.plan.predicted).keeps(budget) else None
+
+    def _trained(self, mender: Mender | None, planned: Planned, experiment: Experiment, budget: Budget) -> Planned:
+        """With the training that `options` asks for."""
+        floats = self.networks if mender is None else mender.networks
+        plans = {name: part.ops for name, part in planned.plan.components.items()}
+
+        def measure(made: Mended) -> Measured:
+            assert isinstance(experiment, Pictures)
+            drawing = Drawing(self.student, made.networks(floats), made.schedule)
+            return self._measured(
+                replace(experiment, drawing=drawing, truth=Drawing(self.student, floats)), plans, made
+            )
+
+        judging = {*self._tried(), *self.student.config.example_prompts}  # of plans, and of builds
+        pool = tuple(one for one in dict.fromkeys(self._prompts()) if one not in judging)
+        trainer = Trainer(self.student, floats, pool, self.cache, self.progress, measure, budget, mender)
+        return trainer.trained(planned, self.options.qat or 0)
 
     def _mended(
         self, mender: Mender, planned: Planned, experiment: Experiment, before: Measured, budget: Budget
@@ -128,13 +180,7 @@ class Stages:
                 made, after = replace(self.equal, repairs=(*self.equal.repairs, left)), before
         self.progress.advance()
         tensors = made.flat()
-        predicted = plan.predicted | {
-            "picture_psnr_db": round(after.psnr, 3),
-            "picture_psnr_db_unrepaired": round(before.psnr, 3),
-            "conditioning_change": round(after.conditioning, 5),
-        }
-        if after.alignment is not None:
-            predicted["alignment"] = round(after.alignment, 4)
+        predicted = plan.predicted | said(after) | {"picture_psnr_db_unrepaired": round(before.psnr, 3)}
         plan = plan.model_copy(
             update={
                 "predicted": predicted,
@@ -182,7 +228,8 @@ class Stages:
         settings, counts = default_settings(), sorted(self._times())
         programs = {name: network.program for name, network in self.networks.items()}
         prompts = self._prompts()[: affordable(programs, counts, settings)]
-        passes = {name: str(canonical_passes(name, timesteps_of(self.student))) for name in self.networks}
+        times = timesteps_of(self.student)
+        passes = {name: str(canonical_passes(name, times, self.backends)) for name in self.networks}
         passes |= {name: f"{passes[name]}, {content(one)}" for name, one in self.equal.tensors.items()}
         return calibrate_once(
             self.student,
@@ -199,8 +246,14 @@ class Stages:
         return prompts_for(self.student, self.options.calibration)
 
     def _tried(self) -> tuple[str, ...]:
-        """From the end: ranges are from the beginning."""
-        return self._prompts()[-self.options.samples - 1 :]
+        """From the end: ranges are from the beginning, and repairs learn there. As many as there are pairs of them to
+        judge, if enough others are left; none that builds are judged on."""
+        known = tuple(dict.fromkeys(self._prompts()))
+        others = tuple(one for one in known if one not in self.student.config.example_prompts)
+        pool = others if len(others) > self.options.samples else known
+        return pool[
+            -max(self.options.samples + 1, min(self.options.judged + 1, len(pool) - default_settings().prompts)) :
+        ]
 
     def _ops(self, key: Key, found: Sequence[Candidate], observed: Ranges) -> tuple[OpPlan, ...]:
         site, seen = self.networks[key[0]].sites[key[1]], observed.components[key[0]][key[1]]
@@ -229,20 +282,25 @@ class Stages:
 
     def _experiment(self) -> Experiment:
         if self.student.config.task == "single":
-            inputs = {
-                name: dict(zip((spec.name for spec in part.inputs), part.example_inputs(), strict=True))
+            calls = tuple(
+                (name, dict(zip((spec.name for spec in part.inputs), given, strict=True)))
                 for name, part in self.student.components.items()
-            }
-            return Calls(self.networks, tuple(inputs.items()), self.options.projections)
-        ids = self.student.tokenize(list(self._tried()))
-        count, steps = len(ids), [self._steps()] * self.options.samples
+                for given in part.samples()[: self.options.samples]
+            )
+            return Calls(self.networks, calls, self.options.projections)
+        ids = self.student.given(list(self._tried()))
+        number, steps = len(ids), [self._steps()] * self.options.samples
         if self.options.steps is None:  # one of each other number that the student serves
-            steps += [number for number in sorted(self._times()) if number != self._steps()]
+            steps += [one for one in sorted(self._times()) if one != self._steps()]
         samples = tuple(
-            Sample(ids[i % count][None], self.options.seed + i, ids[(i + 1) % count][None], number)
-            for i, number in enumerate(steps)
+            Sample(ids[i % number][None], self.options.seed + i, ids[(i + 1) % number][None], each)
+            for i, each in enumerate(steps)
         )
-        return Pictures(Drawing(self.student, self.networks), samples, self.options.projections)
+        others = [] if self.options.steps is not None else [one for one in sorted(self._times()) if one != steps[0]]
+        macs = {name: count(network.program).macs for name, network in self.networks.items()}
+        tolerance = TOLERANCE if self.options.max_conditioning is None else self.options.max_conditioning
+        judge = panel(self.student, ids, steps[0], others, macs, self.options.seed, self.options.judged, tolerance)
+        return Pictures(Drawing(self.student, self.networks), samples, self.options.projections, panel=judge)
 
     def _sensitivity(self, experiment: Experiment, options: Mapping[Key, tuple[OpPlan, ...]]) -> Confirmed:
         """Estimates, an entry of the cache for each sample; then the measured ones."""
@@ -285,11 +343,16 @@ class Stages:
             alignment = None
             if self.options.min_alignment is not None:
                 alignment = self._alignment(experiment, plans)
-            return [psnr(experiment.worst(plans)), experiment.conditioning(plans), alignment]
+            if isinstance(experiment, Calls):
+                return [psnr(experiment.loss(plans)), 0.0, alignment, None, None, 0]
+            found = experiment.judged(plans)
+            losses = [psnr(found.psnr_loss), found.conditioning, alignment, psnr(found.psnr_loss_most)]
+            return [*losses, found.conditioning_most, found.pairs]
 
-        said = {name: {key: op.model_dump(mode="json") for key, op in ops.items()} for name, ops in plans.items()}
         extra: dict[str, Any] = {
-            "plans": said,
+            "plans": {
+                name: {key: op.model_dump(mode="json") for key, op in ops.items()} for name, ops in plans.items()
+            },
             "alignment": self.options.min_alignment and self.options.alignment_prompts,
         }
         if made is not None:
@@ -307,7 +370,7 @@ class Stages:
 
         def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Any:
             for prompt, seed in zip(prompts, seeds, strict=True):
-                yield drawing.draw(self.student.tokenize([prompt]), seed, self._steps(), changed).image[0].numpy()
+                yield drawing.draw(self.student.given([prompt]), seed, self._steps(), changed).image[0].numpy()
 
         return evaluate(draw, self._steps(), self.options.alignment_prompts).alignment
 
@@ -327,12 +390,17 @@ class Stages:
             "graphs": {name: sorted(network.sites) for name, network in self.networks.items()},
             "options": chosen,
             "samples": self.options.samples,
+            "judged": self.options.judged,
             "prompts": list(self._tried()),
             "projections": self.options.projections,
             "seed": self.options.seed,
             "steps": [self.options.steps, self._calls()],
             "equalised": {name: content(one) for name, one in self.equal.tensors.items()},
         }
+
+
+def _dumped(ops: Mapping[str, OpPlan]) -> dict[str, Any]:
+    return {key: op.model_dump(mode="json") for key, op in ops.items()}
 
 
 def _plain(effects: Mapping[Key, tuple[Effect, ...]]) -> list[Any]:

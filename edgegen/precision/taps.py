@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from edgegen.precision.conditioning import pack
 from edgegen.precision.sensitivity import Key, Options
 from edgegen.precision.simulate import Changed, Network
 
@@ -48,7 +49,7 @@ def changes(networks: Mapping[str, Network], options: Options) -> Mapping[str, C
 
 
 def tapped(network: Network, inputs: Mapping[str, Tensor], changed: Changes) -> tuple[Tensor, list[Tap]]:
-    """The first output, with the graph behind it, and a tap at each op."""
+    """The output (several: packed), with the graph behind it, and a tap at each op."""
     taps: list[Tap] = []
 
     def tap(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def tapped(network: Network, inputs: Mapping[str, Tensor], changed: Changes) -> 
         return value
 
     with torch.enable_grad():
-        return network(inputs, observe=tap)[0], taps
+        return pack(network(inputs, observe=tap)), taps
 
 
 def gradients(value: Tensor, leaves: Sequence[Tensor], toward: Tensor, keep: bool) -> list[Tensor | None]:

@@ -14,7 +14,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from edgegen.errors import EdgegenError
+from edgegen.graph.tiles import Tiling
 from edgegen.lower.backend import Array, Backend, Executable
+from edgegen.lower.chain import load_artifact
 from edgegen.lower.stand_in import executed_by
 from edgegen.verify.trajectory import Sample, Signature
 
@@ -101,14 +103,15 @@ def profile(
     runs: int = 20,
     loads: int = 3,
     seconds_per_component: float = 5.0,
+    tilings: Mapping[str, Tiling] | None = None,
 ) -> ProfileReport:
     """Measure every artifact of one backend: load times, then `runs` calls of each sample.
 
     Before them come `warm_up` calls (at least one) that are not counted. A component that is slow is called fewer
     times, at least 3 a sample, to stay near `seconds_per_component`. `picture` draws one picture with the loaded
-    executables. A backend that this host cannot execute, or that something else than its runtime executes here, gives
-    a report that says so and holds no time. EdgegenError when an artifact
-    does not load or run.
+    executables; `tilings` has the components whose artifact computes one tile. A backend that this host cannot execute,
+    or that something else than its runtime executes here, gives a report that says so and holds no time. EdgegenError
+    when an artifact does not load or run.
     """
     report = ProfileReport(backend=backend.name, measured_on=this_host(), runtimes=runtime_versions(backend))
     reason = backend.not_executed_here()
@@ -128,7 +131,9 @@ def profile(
                 if index:
                     loaded.pop(name).close()
                 started = time.perf_counter()
-                loaded[name] = backend.load(path, signatures[name].inputs, signatures[name].outputs)
+                loaded[name] = load_artifact(
+                    backend, path, signatures[name].inputs, signatures[name].outputs, tiling=(tilings or {}).get(name)
+                )
                 times.append(time.perf_counter() - started)
             by_label = _runs(loaded[name], samples[name], warm_up, runs, seconds_per_component)
             together = [value for values in by_label.values() for value in values]

@@ -25,6 +25,8 @@ from edgegen.verify.trajectory import Picture
 PictureRow = tuple[str, Picture, Mapping[str, Picture]]
 """What was asked, what the student drew, and what each backend's artifacts drew."""
 
+WIDEST = 2048
+"""Pixels of a picture in the page."""
 METER_DB = 160.0
 """Full length of a meter; fp32 against fp32 seldom agrees to more."""
 
@@ -94,6 +96,7 @@ def render(
         profile={name: one for name, one in profile.items() if one.not_measured_because is None},
         hosts=_hosts(profile),
         pictures=pictures,
+        film=manifest.task == "image-to-video",
         psnr=_psnr_by_row(parity, pictures),
         backends=list(dict.fromkeys(backends)),
         artifacts=_by_backend(manifest),
@@ -109,7 +112,7 @@ def render(
 
 def verdict(manifest: Manifest, parity: Mapping[str, ParityReport]) -> Verdict:
     """One line that is true: what was not met first, then what was not executed, and only then what passed."""
-    thing = "pictures" if manifest.task == "text-to-image" else "outputs"
+    thing = {"text-to-image": "pictures", "image-to-video": "videos"}.get(manifest.task, "outputs")
     failed = [(name, gate) for name, report in parity.items() for gate in report.failed]
     if failed:
         count = "1 gate was not met" if len(failed) == 1 else f"{len(failed)} gates were not met"
@@ -129,11 +132,15 @@ def verdict(manifest: Manifest, parity: Mapping[str, ParityReport]) -> Verdict:
 
 
 def png_data_uri(picture: Picture) -> str:
-    """uint8 [H, W, 3] -> `data:image/png;base64,...` at its own size; the page scales it without smoothing."""
+    """uint8 [H, W, 3] -> `data:image/png;base64,...` at its own size, which the page scales without smoothing; wider
+    ones (strips of a video's frames) are made `WIDEST` pixels wide."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG")
+    shown = Image.fromarray(picture)
+    if shown.width > WIDEST:
+        shown = shown.resize((WIDEST, max(1, shown.height * WIDEST // shown.width)), Image.Resampling.LANCZOS)
+    shown.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
@@ -203,7 +210,8 @@ def _tiles(manifest: Manifest, parity: Mapping[str, ParityReport], profile: Mapp
     psnr = [(report.worst_psnr_db, name) for name, report in parity.items() if report.worst_psnr_db is not None]
     if psnr:
         value, name = min(psnr)
-        tiles.append(Tile("Worst picture", decibels(value), f"PSNR against the student, {name}"))
+        worst = "Worst frame" if manifest.task == "image-to-video" else "Worst picture"
+        tiles.append(Tile(worst, decibels(value), f"PSNR against the student, {name}"))
     sqnr = [(report.worst_sqnr_db, name) for name, report in parity.items() if report.worst_sqnr_db is not None]
     if sqnr:
         value, name = min(sqnr)
@@ -213,12 +221,17 @@ def _tiles(manifest: Manifest, parity: Mapping[str, ParityReport], profile: Mapp
         step, name = max(moves, key=lambda found: _deviation(found[0]))
         off = _deviation(step)
         text = f"{off:.2%} off" if math.isfinite(off) else "not finite"
-        tiles.append(Tile("Prompt sensitivity", text, f"worst step, {name}"))
+        what = "Picture" if manifest.task == "image-to-video" else "Prompt"
+        tiles.append(Tile(f"{what} sensitivity", text, f"worst step, {name}"))
     drawn = [(one.picture.median_ms, one) for one in profile.values() if one.picture is not None]
     if drawn:
         taken, one = min(drawn, key=lambda found: found[0])
         tiles.append(
-            Tile("Fastest picture here", human_ms(taken), f"{one.backend}, {_steps(one.picture_steps)}, measured")
+            Tile(
+                f"Fastest {'video' if manifest.task == 'image-to-video' else 'picture'} here",
+                human_ms(taken),
+                f"{one.backend}, {_steps(one.picture_steps)}, measured",
+            )
         )
     sizes = {name: stored_bytes(parts) for name, parts in _by_backend(manifest).items()}
     if sizes:

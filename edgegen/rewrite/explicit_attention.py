@@ -16,18 +16,9 @@ from edgegen.errors import EdgegenError
 from edgegen.graph.attention import ATTENTION, MASKED, AttentionCall, additive_mask, hides_a_row, read_attention
 from edgegen.graph.edit import Editor
 from edgegen.rewrite.base import Decline, Pass, Rewritten, decline
+from edgegen.rewrite.fold_attention_scale import PERMUTES, RESHAPES, fold_scale
 
 aten = torch.ops.aten
-RESHAPES = (
-    aten.view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten._unsafe_view.default,
-)
-PERMUTES = (aten.transpose.int, aten.permute.default)
-SCALABLE = (aten.linear.default, aten.conv1d.default, aten.conv2d.default)
 
 
 @dataclass(frozen=True)
@@ -132,35 +123,8 @@ def _scaled(editor: Editor, call: AttentionCall) -> tuple[Node, Node]:
     """Query and key, one of them times the scale."""
     if call.scale == 1.0:
         return call.query, call.key
-    if call.query not in (call.key, call.value) and (made := _scalable(editor, call.query)) is not None:
-        return _scale_weights(editor, call.query, made, call.scale), call.key
-    if call.key not in (call.query, call.value) and (made := _scalable(editor, call.key)) is not None:
-        return call.query, _scale_weights(editor, call.key, made, call.scale)
-    return editor.call(aten.mul.Tensor, call.query, call.scale), call.key
-
-
-def _scalable(editor: Editor, node: Node) -> Node | None:
-    """The linear or convolution with constant weights of its own that `node` is, but for reshaping, or None."""
-    while len(node.users) == 1 and node.target in (*RESHAPES, *PERMUTES):
-        node = node.args[0]  # type: ignore[assignment]
-    if len(node.users) > 1 or node.target not in SCALABLE:
-        return None
-    weight, bias = (*node.args, None)[1:3]
-    if editor.value(weight) is None or (bias is not None and editor.value(bias) is None):
-        return None
-    return node if len(weight.users) == 1 else None  # type: ignore[union-attr]
-
-
-def _scale_weights(editor: Editor, node: Node, made: Node, scale: float) -> Node:
-    """`node` over `made` with scaled weights."""
-    weight, bias = (editor.value(one) for one in (*made.args, None)[1:3])
-    assert weight is not None
-    with editor.at(made):
-        scaled = editor.constant(weight * scale, editor.named(made, "weight_scaled"))
-        offset = None if bias is None else editor.constant(bias * scale, editor.named(made, "bias_scaled"))
-        new = editor.call(made.target, made.args[0], scaled, offset, *made.args[3:], **made.kwargs)
-    editor.replace(made, new)
-    return new if node is made else node  # what reshapes reads the new product by now
+    folded = fold_scale(editor, call)
+    return folded if folded is not None else (editor.call(aten.mul.Tensor, call.query, call.scale), call.key)
 
 
 def _shaped(editor: Editor, node: Node, shape: tuple[int, ...], swap: bool = False) -> Node:

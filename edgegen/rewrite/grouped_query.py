@@ -43,6 +43,9 @@ class GroupedQuery(Pass):
     """
 
     form: Literal["fold", "flag"] = "fold"
+    least: int = 1
+    """With `fold` and no mask: one key head is repeated up to this many. The TFLite converter makes a product of one
+    matrix a FULLY_CONNECTED of two activations, which XNNPACK declines; a batch of two it takes."""
 
     name: ClassVar[str] = "grouped-query"
     after: ClassVar[tuple[str, ...]] = ("remove-identities", "fold-constants")
@@ -85,6 +88,8 @@ class GroupedQuery(Pass):
                 if isinstance(mask, str):
                     declined.append(decline(node, mask))
                     continue
+                if mask is None and shared == 1 and heads % self.least == 0 and self.least > 1:
+                    key, value = (editor.call(aten.cat.default, [one] * self.least, 1) for one in (key, value))
                 editor.replace(node, _fold(editor, call, key, value, mask))
             editor.graph.erase_node(node)
             modified = True

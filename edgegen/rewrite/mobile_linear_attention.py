@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.export import ExportedProgram
@@ -54,6 +54,9 @@ class MobileLinearAttention(Pass):
     denominators of their own (`q @ sum(k)`, `(q * sum(k)).sum(-1)`), and either order of the two products: q k^T first
     is a matrix of L x S.
 
+    `total` says how the keys are summed: `sum` as above; `product` with a row of ones, aten.bmm(%ones, %k), for a
+    delegate that sums over no tokens. Operands of three axes are multiplied by `bmm`, which no runtime broadcasts.
+
     The scaling that keeps the sums inside fp16's range is `prescale-sums`'s.
 
     Declines
@@ -62,6 +65,8 @@ class MobileLinearAttention(Pass):
     3. more than four axes, or batch axes that broadcast;
     4. fewer tokens than channels, where products in this order take more multiplications than in the other.
     """
+
+    total: Literal["sum", "product"] = "sum"
 
     name: ClassVar[str] = "mobile-linear-attention"
     after: ClassVar[tuple[str, ...]] = ("remove-identities", "fold-constants")
@@ -80,7 +85,7 @@ class MobileLinearAttention(Pass):
                 if reason is not None:
                     declined.append(decline(node, reason))
                     continue
-                _write_out(editor, node, found)
+                _write_out(editor, node, found, self.total)
                 modified = True
         if not modified:
             return Rewritten(program, False, tuple(declined))
@@ -214,6 +219,8 @@ def _with_sum(numerator: Node, denominator: Node) -> _Linear | str | None:
             if not tokens_first and summed and numerator.args[1] is query[0]:
                 return None  # it is in this form
             return _Linear(query, key, (value, tokens_first), tokens_first)
+        if not tokens_first and _is_row_product(denominator, query, key):
+            return None  # it is in the other form
     return "its denominator is not made of the same queries and keys" if candidates else None
 
 
@@ -230,6 +237,18 @@ def _is_total(node: Node, query: Operand, key: Operand) -> bool:
         pair = inner.args[:2]
         return any(pair[i] is query[0] and _is_key_sum(pair[1 - i], key, -2) for i in (0, 1))
     return False
+
+
+def _is_row_product(node: Node, query: Operand, key: Operand) -> bool:
+    """Whether `node` is (a row @ `key`) @ `query`, as form `product` sums the keys."""
+    row = node.args[0]
+    return (
+        node.target in PRODUCTS
+        and node.args[1] is query[0]
+        and isinstance(row, Node)
+        and row.target in PRODUCTS
+        and row.args[1] is key[0]
+    )
 
 
 def _is_key_sum(node: Any, key: Operand, axis: int) -> bool:
@@ -282,13 +301,20 @@ def _refusal(found: _Linear) -> str | None:
     return None
 
 
-def _write_out(editor: Editor, node: Node, found: _Linear) -> None:
+def _write_out(editor: Editor, node: Node, found: _Linear, how_summed: Literal["sum", "product"]) -> None:
     call = editor.call
     shifted: Any = node.args[1]
     with editor.at(node):
         query, key, value = (_straight(editor, *one) for one in (found.query, found.key, found.value))
-        product = call(aten.matmul.default, call(aten.matmul.default, value, key), query)
-        total = call(aten.matmul.default, call(aten.sum.dim_IntList, key, [-2], True), query)
+        matmul = aten.bmm.default if key.meta["val"].dim() == 3 else aten.matmul.default
+        product = call(matmul, call(matmul, value, key), query)
+        if how_summed == "product":
+            *batch, tokens, _ = key.meta["val"].shape
+            row = torch.ones((*batch, 1, tokens), dtype=key.meta["val"].dtype)
+            summed = call(matmul, editor.constant(row, editor.named(node, "ones")), key)
+        else:
+            summed = call(aten.sum.dim_IntList, key, [-2], True)
+        total = call(matmul, summed, query)
         out = call(aten.div.Tensor, product, call(aten.add.Tensor, total, *shifted.args[1:], **shifted.kwargs))
     if not found.tokens_first:
         editor.replace(node, out)

@@ -30,6 +30,8 @@ RESHAPES = (
     aten.flatten.using_ints,
     aten._unsafe_view.default,
     aten.slice.Tensor,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
 )
 CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
 
@@ -43,6 +45,7 @@ class RemoveIdentities(Pass):
         %c = aten.view(%b, [1, 320, 64, 64])  # the shape of %b
         %y = aten.relu(%c)
 
+    So does a squeeze of a dimension that is not one, which torch leaves alone and ONNX refuses.
     Also removed: asserts on shapes and dtypes, which held when the graph was captured and whose shapes are static.
 
     Declines

@@ -44,7 +44,7 @@ class UpsampleToConvTranspose(RulePass):
     after: ClassVar[tuple[str, ...]] = ("remove-identities", "fold-constants")
     tolerance: ClassVar[float] = 1e-5
 
-    def pattern(self) -> Op:
+    def pattern(self) -> Op | tuple[Op, ...]:
         upsample = Op(UPSAMPLES, Var("x"), name="upsample", shared=True)
         return Op(aten.conv2d.default, upsample, Var("weight"), name="conv")
 

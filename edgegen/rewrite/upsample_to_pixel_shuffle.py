@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from edgegen.graph.edit import Editor
-from edgegen.graph.pattern import Match
+from edgegen.graph.edit import Editor, made_by
+from edgegen.graph.pattern import Match, Op, Var
 from edgegen.rewrite.upsample_to_conv_transpose import UpsampleToConvTranspose
 
 aten = torch.ops.aten
@@ -34,7 +34,8 @@ class UpsampleToPixelShuffle(UpsampleToConvTranspose):
     that every runtime has tuned, unlike those of a transposed convolution; the weights grow by 16/9.
 
     `form` is `pixel-shuffle`, or `permute`, which says the same with reshapes and one rank-4 permute: in a layout with
-    channels last only that permute moves anything, and no value has more than four axes.
+    channels last only that permute moves anything, and no value has more than four axes. What this pass wrote in the
+    first form it brings to the second, the same output channels in another order: their codes stay what they are.
 
     Declines as `upsample-to-conv-transpose` does.
     """
@@ -49,28 +50,65 @@ class UpsampleToPixelShuffle(UpsampleToConvTranspose):
         "sink-transposes",
     )
 
+    def pattern(self) -> Op | tuple[Op, ...]:
+        upsampled = super().pattern()
+        if self.form == "pixel-shuffle" or not isinstance(upsampled, Op):
+            return upsampled
+        phases = Op(aten.conv2d.default, Var("x"), Var("weight"), name="phases")
+        return upsampled, Op(aten.pixel_shuffle.default, phases, 2, name="shuffle")
+
+    def check(self, found: Match, editor: Editor) -> str | None:
+        if "shuffle" not in found.values:
+            return super().check(found, editor)
+        conv, weight = found["phases"], found["weight"]
+        if self.name not in made_by(found["shuffle"]):
+            return "it was in the model"
+        constant = all(one is None or editor.value(one) is not None for one in conv.args[1:3])
+        return None if constant and len(weight.users) == 1 else "its weight is computed, or another call reads it"
+
     def rewrite(self, found: Match, editor: Editor) -> Node:
+        if "shuffle" in found.values:
+            return _permuted(editor, found["shuffle"], found["phases"])
         conv, x = found["conv"], found["x"]
         weight = editor.value(found["weight"])
         assert weight is not None
-        batch, _, height, width = x.meta["val"].shape
+        height, width = x.meta["val"].shape[2:]
         shuffled = self.form == "pixel-shuffle"
         kernel = editor.constant(phase_kernel(weight, shuffled), editor.named(conv, "weight_of_phases"))
         bias: Any = conv.args[2] if len(conv.args) > 2 else None
         if bias is not None:
             bias = _repeated(editor, conv, bias, shuffled)
         phases = editor.call(aten.conv2d.default, x, kernel, bias, [1, 1], [1, 1])
-        if shuffled:
-            y = editor.call(aten.pixel_shuffle.default, phases, 2)
-        else:
-            last = editor.call(aten.permute.default, phases, [0, 2, 3, 1])
-            features = weight.shape[0]
-            rows = editor.call(aten.reshape.default, last, [batch * (height + 1), width + 1, 2, 2 * features])
-            rows = editor.call(aten.permute.default, rows, [0, 2, 1, 3])
-            image = editor.call(aten.reshape.default, rows, [batch, 2 * height + 2, 2 * width + 2, features])
-            y = editor.call(aten.permute.default, image, [0, 3, 1, 2])
+        y = editor.call(aten.pixel_shuffle.default, phases, 2) if shuffled else _pixels(editor, phases)
         y = editor.call(aten.slice.Tensor, y, 2, 1, 2 * height + 1)
         return editor.call(aten.slice.Tensor, y, 3, 1, 2 * width + 1)
+
+
+def _pixels(editor: Editor, phases: Node) -> Node:
+    """[B, 4N, H, W], channels (row, column, feature) -> [B, N, 2H, 2W]."""
+    batch, channels, height, width = phases.meta["val"].shape
+    last = editor.call(aten.permute.default, phases, [0, 2, 3, 1])
+    rows = editor.call(aten.reshape.default, last, [batch * height, width, 2, channels // 2])
+    rows = editor.call(aten.permute.default, rows, [0, 2, 1, 3])
+    image = editor.call(aten.reshape.default, rows, [batch, 2 * height, 2 * width, channels // 4])
+    return editor.call(aten.permute.default, image, [0, 3, 1, 2])
+
+
+def _permuted(editor: Editor, shuffle: Node, conv: Node) -> Node:
+    """What `shuffle` gives of `conv`, written the other way."""
+
+    def reordered(place: int, said: str) -> Node | None:
+        value = editor.value(conv.args[place]) if place < len(conv.args) else None
+        if value is None:
+            return None
+        turned = value.reshape(-1, 4, *value.shape[1:]).transpose(0, 1).reshape(value.shape).contiguous()
+        return editor.constant(turned, editor.named(conv, said))
+
+    weight, bias = reordered(1, "weight_of_phases"), reordered(2, "bias_of_phases")
+    with editor.at(conv):
+        phases = editor.call(conv.target, conv.args[0], weight, bias, *conv.args[3:], **conv.kwargs)
+    with editor.at(shuffle):
+        return _pixels(editor, phases)
 
 
 def phase_kernel(weight: Tensor, shuffled: bool) -> Tensor:

@@ -9,14 +9,38 @@ from pydantic import ValidationError
 from torch import nn
 
 from edgegen.errors import EdgegenError
+from edgegen.students.networks.clip_pair import ClipPair, ClipPairConfig
 from edgegen.students.networks.clip_text import ClipTextConfig, ClipTextEncoder
+from edgegen.students.networks.diffusers_decoder import DiffusersDecoder, DiffusersDecoderConfig
+from edgegen.students.networks.diffusers_transformer import DiffusersTransformer, DiffusersTransformerConfig
+from edgegen.students.networks.diffusers_unet import DiffusersUNet, DiffusersUNetConfig
+from edgegen.students.networks.mobile_dit import MobileDiT, MobileDiTConfig
+from edgegen.students.networks.separable_decoder import SeparableDecoder, SeparableDecoderConfig
+from edgegen.students.networks.snapgen_unet import SnapGenUNet, SnapGenUNetConfig
+from edgegen.students.networks.snapgenpp_dit import SnapGenPlusConfig, SnapGenPlusDiT
 from edgegen.students.networks.tiny_decoder import TinyDecoder, TinyDecoderConfig
+from edgegen.students.networks.transformers_text import TransformersText, TransformersTextConfig
 from edgegen.students.networks.unet import UNet, UNetConfig
+from edgegen.students.networks.video_decoder import VideoDecoder, VideoDecoderConfig
+from edgegen.students.networks.video_encoder import VideoEncoder, VideoEncoderConfig
+from edgegen.students.networks.z_image import ZImage, ZImageConfig
 
 ARCHITECTURES: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "clip_text": (ClipTextConfig, ClipTextEncoder),
+    "clip_pair": (ClipPairConfig, ClipPair),
+    "diffusers_decoder": (DiffusersDecoderConfig, DiffusersDecoder),
+    "diffusers_transformer": (DiffusersTransformerConfig, DiffusersTransformer),
+    "diffusers_unet": (DiffusersUNetConfig, DiffusersUNet),
+    "transformers_text": (TransformersTextConfig, TransformersText),
+    "z_image": (ZImageConfig, ZImage),
     "unet": (UNetConfig, UNet),
+    "separable_decoder": (SeparableDecoderConfig, SeparableDecoder),
+    "snapgen_unet": (SnapGenUNetConfig, SnapGenUNet),
+    "snapgenpp_dit": (SnapGenPlusConfig, SnapGenPlusDiT),
     "tiny_decoder": (TinyDecoderConfig, TinyDecoder),
+    "mobile_dit": (MobileDiTConfig, MobileDiT),
+    "video_decoder": (VideoDecoderConfig, VideoDecoder),
+    "video_encoder": (VideoEncoderConfig, VideoEncoder),
 }
 
 

@@ -17,11 +17,11 @@ from edgegen.errors import EdgegenError
 from edgegen.students.architectures import build_module
 from edgegen.students.archive import DAMAGED_HINT, require_memory
 from edgegen.students.config import ComponentConfig, StudentConfig
+from edgegen.students.dataflow import check_flow
 from edgegen.students.student import DTYPES, Student, assemble
 
 State = dict[str, dict[str, Tensor]]
 
-TEXT_TO_IMAGE = ("text_encoder", "denoiser", "decoder")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_TOKENIZER_BYTES = 64 << 20
 MAX_TRAIN_TIMESTEPS = 100_000
@@ -41,20 +41,9 @@ def parse_config(data: Mapping[str, Any], name: str) -> StudentConfig:
             f"config of `{name}` does not fit at `{where}`: {first['msg']}",
             hint="compare with `edgegen/students/shapes/weights/shapes.json`",
         ) from error
-    _check_task(config, name)
+    check_flow(config, name)
     _check_sampler(config, name)
     return config
-
-
-def _check_task(config: StudentConfig, name: str) -> None:
-    expected = TEXT_TO_IMAGE if config.task == "text-to-image" else ("model",)
-    if tuple(config.components) != expected:
-        wanted, found = (", ".join(f"`{part}`" for part in parts) for parts in (expected, config.components))
-        raise EdgegenError(f"task {config.task} of `{name}` needs components {wanted}, in this order, not {found}")
-    if config.task == "text-to-image":
-        for key in ("sampler", "latent"):
-            if getattr(config, key) is None:
-                raise EdgegenError(f"config of `{name}` has no `{key}`, which task text-to-image needs")
 
 
 def _check_sampler(config: StudentConfig, name: str) -> None:
@@ -121,7 +110,7 @@ def check_tensors(state: Mapping[str, Mapping[str, Any]], name: str) -> None:
 
 def build_student(config: StudentConfig, state: State, tokenizer_json: str | None, name: str) -> Student:
     """Assemble a student whose parts were proven to fit: strict names and shapes, enough memory, finite weights."""
-    if config.task == "text-to-image":
+    if config.conditioning == "text_encoder":
         check_tokenizer(tokenizer_json, name, config.components["text_encoder"].inputs[0].shape[-1])
     check_tensors(state, name)
     extra = [component for component in state if component not in config.components]

@@ -94,10 +94,7 @@ def save_pt(student: Student, path: Path) -> None:
         "version": VERSION,
         "config": student.config.model_dump(mode="json"),
         "tokenizer": student.tokenizer_json,
-        "state_dicts": {
-            name: {key: value.detach().contiguous().clone() for key, value in component.module.state_dict().items()}
-            for name, component in student.components.items()
-        },
+        "state_dicts": _own_storages(student),
     }
     temporary: Path | None = None
     try:
@@ -115,6 +112,23 @@ def save_pt(student: Student, path: Path) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _own_storages(student: Student) -> State:
+    """Every tensor as the only one of its storage, as a file that is the same for the same numbers wants it; copied
+    only where it is not so already, since a student may be as large as half the memory."""
+    taken: set[int] = set()
+    found: State = {}
+    for name, component in student.components.items():
+        found[name] = {}
+        for key, value in component.module.state_dict().items():
+            kept = value.detach().contiguous()
+            storage = kept.untyped_storage()
+            if storage.data_ptr() in taken or storage.nbytes() != kept.numel() * kept.element_size():
+                kept = kept.clone()
+            taken.add(kept.untyped_storage().data_ptr())
+            found[name][key] = kept
+    return found
 
 
 def _umask() -> int:

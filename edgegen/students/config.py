@@ -31,18 +31,42 @@ class LatentConfig(BaseModel):
     shift: float = 0.0
 
 
+TASKS = {
+    "text-to-image": ("text_encoder", "denoiser", "decoder"),
+    "image-to-video": ("image_encoder", "denoiser", "decoder"),
+    "single": ("model",),
+}
+"""Task -> its components, in the order in which they run."""
+
+Task = Literal["text-to-image", "image-to-video", "single"]
+
+
 class StudentConfig(BaseModel):
     """Components in the order in which they run, the sampler between them, and prompts that the student understands.
 
-    `task` text-to-image has components text_encoder, denoiser and decoder, a sampler, a latent and a tokenizer;
-    single is one component named `model` and nothing else.
+    A task that draws has a conditioning component, which runs once, a denoiser, a decoder, a sampler and a latent. The
+    denoiser is given by name what it asks for: `latent`, `timestep` [1], outputs of the conditioning component, and
+    scalars [1] that `conditions` names with their defaults. text-to-image conditions on text (`text_encoder` takes
+    `input_ids` [1, L] int32 and needs a tokenizer), image-to-video on a picture (`image_encoder` takes `image`
+    [1, 3, H, W] in -1..1). single is one component named `model` and nothing else.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
-    task: Literal["text-to-image", "single"]
+    task: Task
     components: dict[str, ComponentConfig]
     sampler: SamplerConfig | None = None
     latent: LatentConfig | None = None
+    conditions: dict[str, float] = {}
+    """Scalar that the denoiser takes -> the value it has unless someone says otherwise."""
+    frames_per_second: float | None = Field(default=None, gt=0)
+    """Of a video; None leaves it to whoever shows it."""
     example_prompts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a reader must know of the checkpoint itself, such as that nothing in it was trained."""
+
+    @property
+    def conditioning(self) -> str | None:
+        """The component that runs once, before the denoiser; None where nothing is drawn."""
+        return None if self.task == "single" else TASKS[self.task][0]

@@ -8,6 +8,7 @@ pieces only: raw tensors, and a graph rewritten without guards, metadata and sam
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 
 from edgegen.errors import EdgegenError, UnsafeError
+from edgegen.graph.capture import capture
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.students.archive import (
     DAMAGED_HINT,
@@ -153,7 +155,7 @@ def _open(archive: Archive, graph: dict[str, Any]) -> Student:
         try:
             program = torch.export.load(copy)
             inputs, outputs = _signature(program, archive.name)
-            module = _Program(program.module(check_guards=False))
+            module = Program(program.module(check_guards=False), program.graph_module.code)
         except EdgegenError:
             raise
         except Exception as error:  # a damaged graph surfaces as whatever it breaks
@@ -169,6 +171,22 @@ def _open(archive: Archive, graph: dict[str, Any]) -> Student:
     name = student_name(PurePosixPath(archive.name).stem)
     config = StudentConfig(name=name, task="single", components={"model": part})
     return Student(config, {"model": Component("model", module, inputs, outputs)})
+
+
+def save_pt2(student: Student, path: Path) -> None:
+    """Write a student of one exported program as a `.pt2`, whole or not at all; EdgegenError when the disk refuses.
+
+    Inputs keep their names; outputs are `output`, or `output_0` and so on, since a `.pt2` has no place for theirs.
+    """
+    (part,) = student.components.values()
+    temporary = path.with_name(f".{path.stem}.partial.pt2")
+    try:
+        torch.export.save(capture(part), temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise EdgegenError(f"`{path}` cannot be written: {error}", hint="check the folder with `df -h`") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write_copy(archive: Archive, graph: dict[str, Any], copy: Path) -> None:
@@ -187,15 +205,22 @@ def _write_copy(archive: Archive, graph: dict[str, Any], copy: Path) -> None:
                     shutil.copyfileobj(reader, writer, 1 << 20)
 
 
-class _Program(nn.Module):
-    """The module of an exported program, without torch's refusal of `eval()`, which any module must answer."""
+class Program(nn.Module):
+    """The module of an exported program, without torch's refusal of `eval()`, which any module must answer.
 
-    def __init__(self, inner: nn.Module) -> None:
+    `code` is its graph as text: two programs of the same weights print differently, and so differ in fingerprint.
+    """
+
+    def __init__(self, inner: nn.Module, code: str) -> None:
         super().__init__()
+        self.digest = hashlib.sha256(code.encode()).hexdigest()
         for name in ("train", "eval"):
             inner.__dict__.pop(name, None)
         self.inner = inner
         self.eval().requires_grad_(False)
+
+    def extra_repr(self) -> str:
+        return self.digest
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         made: torch.Tensor | tuple[torch.Tensor, ...] = self.inner(*inputs)

@@ -54,20 +54,22 @@ def load_with_config(path: Path, config_path: Path) -> Student:
     Tensors are named `<component>.<parameter>` or nested by component; `tokenizer.json` is beside the config. The
     errors of `load`.
     """
-    kind, archive = sniff(path)
-    tensors: dict[str, object]
-    if kind is Kind.SAFETENSORS:
-        tensors = dict(read_tensors([path]))
-    elif kind is Kind.TORCH_ZIP and archive is not None:
-        from edgegen.students.checkpoint import read_plain
+    return _with_config(path.name, tensors_of(path, hint="leave `--config` out"), config_path)
 
-        payload = read_plain(archive)
-        if not isinstance(payload, dict):
-            raise EdgegenError(f"`{path.name}` holds a {type(payload).__name__}, not a state dict")
-        tensors = payload
-    else:
-        raise EdgegenError(f"`{path.name}` is no file of tensors", hint="leave `--config` out")
-    return _with_config(path.name, tensors, config_path)
+
+def tensors_of(path: Path, hint: str | None = None) -> dict[str, object]:
+    """What a `.safetensors` or a plain state dict holds, by name; the errors of `load`."""
+    kind, archive = sniff(path)
+    if kind is Kind.SAFETENSORS:
+        return dict(read_tensors([path]))
+    if kind is not Kind.TORCH_ZIP or archive is None:
+        raise EdgegenError(f"`{path.name}` is no file of tensors", hint=hint)
+    from edgegen.students.checkpoint import read_plain
+
+    payload = read_plain(archive)
+    if not isinstance(payload, dict):
+        raise EdgegenError(f"`{path.name}` holds a {type(payload).__name__}, not a state dict")
+    return payload
 
 
 def _load_safetensors(path: Path) -> Student:

@@ -69,3 +69,14 @@ def read_tensors(paths: list[Path], wanted: Callable[[str], bool] = lambda key: 
         except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
             raise EdgegenError(f"`{path.name}` is damaged: {error}", hint=DAMAGED_HINT) from error
     return state
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text that a file carries beside its tensors; empty where it has none."""
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        found = parse_json(stream.read(min(length, MAX_SAFETENSORS_HEADER)), f"the header of {path.name}")
+    metadata = found.get("__metadata__")
+    if not isinstance(metadata, dict):
+        return {}
+    return {str(key): value for key, value in metadata.items() if isinstance(value, str)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from edgegen.bundle.noise import normal
 from edgegen.errors import UsageError
+from edgegen.students.conditions import chosen_conditions
 from edgegen.students.sampler import SamplerStep
 from edgegen.students.student import Student
 
@@ -21,7 +22,8 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One denoiser call: latent before, what the denoiser was given and said, latent after; each [B, C, H, W]."""
+    """One denoiser call: latent before, what the denoiser was given and said, latent after; each [B, ...] as the
+    latent."""
 
     step: SamplerStep
     latent_in: Tensor
@@ -41,20 +43,33 @@ def sampler_table(student: Student, steps: int) -> tuple[SamplerStep, ...]:
 
 
 def initial_noise(student: Student, seeds: list[int], stream: int = 0) -> Tensor:
-    """Noise stream `stream` of each seed -> [len(seeds), C, H, W] fp32, the same numbers that every runtime draws."""
+    """Noise stream `stream` of each seed -> [len(seeds), *latent] fp32, the same numbers that every runtime draws."""
     assert student.config.latent is not None
     shape = student.config.latent.shape[1:]
     return torch.from_numpy(np.stack([normal(seed, stream, shape) for seed in seeds]))
 
 
+def condition(student: Student, given: Tensor, conditions: Mapping[str, float] | None = None) -> dict[str, Tensor]:
+    """What the denoiser may ask for beside latent and time, by name, a row for each of `given` ([N, ...] as
+    `Student.given` makes it): the conditioning component's outputs, and the student's scalars [N].
+
+    `conditions` replaces some of the scalars; UsageError for one that the student does not have.
+    """
+    scalars = chosen_conditions(student.config.conditions, conditions, student.config.name)
+    part = student.conditioning
+    made = part.call({part.inputs[0].name: given})
+    return {**made, **{name: torch.full((len(given),), value) for name, value in scalars.items()}}
+
+
 @torch.no_grad()
-def denoise(student: Student, context: Tensor, seeds: list[int], steps: int) -> Iterator[StepRecord]:
-    """Run the denoiser from the seeds' noise; context is [B, L, D] with one row a seed."""
-    denoiser = student.components["denoiser"].module
+def denoise(student: Student, conditioning: Mapping[str, Tensor], seeds: list[int], steps: int) -> Iterator[StepRecord]:
+    """Run the denoiser from the seeds' noise; `conditioning` as `condition` gives it, with one row a seed."""
+    denoiser = student.components["denoiser"]
     x = initial_noise(student, seeds)
     for index, step in enumerate(sampler_table(student, steps), start=1):
         model_input = step.input_scale * x
-        prediction = denoiser(model_input, torch.full((len(x),), step.timestep), context)
+        given = {**conditioning, "latent": model_input, "timestep": torch.full((len(x),), step.timestep)}
+        (prediction,) = denoiser.call(given).values()
         after = step.sample * x + step.prediction * prediction
         if step.noise:
             after = after + step.noise * initial_noise(student, seeds, stream=index)
@@ -70,11 +85,17 @@ def decoder_input(student: Student, latent: Tensor) -> Tensor:
 
 @torch.no_grad()
 def draw(student: Student, prompts: list[str], seeds: list[int], steps: int) -> Tensor:
-    """Pictures [N, 3, H, W] fp32 in -1..1 for `prompts`, each from its own seed."""
-    context = student.components["text_encoder"].module(student.tokenize(prompts))
-    records = list(denoise(student, context, seeds, steps))
-    image: Tensor = student.components["decoder"].module(decoder_input(student, records[-1].latent_out))
-    return image
+    """Pictures [N, 3, H, W] or videos [N, 3, T, H, W], fp32 in -1..1, for `prompts`, each from its own seed."""
+    for record in denoise(student, condition(student, student.given(prompts)), seeds, steps):
+        last = record.latent_out
+    return decode(student, decoder_input(student, last))
+
+
+def decode(student: Student, ready: Tensor) -> Tensor:
+    """What the decoder makes of `decoder_input`."""
+    decoder = student.components["decoder"]
+    (made,) = decoder.call({decoder.inputs[0].name: ready}).values()
+    return made
 
 
 def draw_many(student: Student, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Iterator[FloatArray]:

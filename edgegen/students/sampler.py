@@ -48,14 +48,15 @@ def moment(step: SamplerStep, names: Collection[str]) -> dict[str, NDArray[np.ge
 class SamplerConfig(BaseModel):
     """A scheduler and the times at which a student was distilled.
 
-    `times` maps a number of steps to where each step starts: sigmas in 0..1 for `flow_match_euler`, training
-    timesteps for `ddim` and `lcm`. A step ends where the next one starts; the last one at sigma 0, or at `final_alpha`.
+    `times` maps a number of steps to where each step starts: sigmas in 0..1 for `flow_match_euler`, angles in 0..pi/2
+    for `scm`, training timesteps for the others. A step ends where the next one starts; the last one at sigma or angle
+    0, or at `final_alpha`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    scheduler: Literal["flow_match_euler", "ddim", "lcm"]
-    prediction_type: Literal["velocity", "epsilon", "sample", "v_prediction"]
+    scheduler: Literal["flow_match_euler", "ddim", "lcm", "euler_ancestral", "scm"]
+    prediction_type: Literal["velocity", "epsilon", "sample", "v_prediction", "trigflow"]
     times: dict[int, tuple[float, ...]]
     default_steps: int
     num_train_timesteps: int = 1000
@@ -80,6 +81,8 @@ class SamplerConfig(BaseModel):
                 raise ValueError(f"times of {steps} steps must fall: {times}")
         if (self.scheduler == "flow_match_euler") != (self.prediction_type == "velocity"):
             raise ValueError("prediction_type velocity belongs to flow_match_euler and to it alone")
+        if (self.scheduler == "scm") != (self.prediction_type == "trigflow"):
+            raise ValueError("prediction_type trigflow belongs to scm and to it alone")
         return self
 
     def alpha_bars(self) -> list[float]:
@@ -118,6 +121,8 @@ class SamplerConfig(BaseModel):
                 SamplerStep(timestep=now * self.num_train_timesteps, sample=1.0, prediction=after - now)
                 for now, after in zip(times, ends, strict=True)
             )
+        if self.scheduler == "scm":
+            return tuple(_trigflow_step(now, after) for now, after in zip(times, (*times[1:], 0.0), strict=True))
         bars = self.alpha_bars()
         last = 1.0 if self.final_alpha == "one" else bars[0]
         ends = (*(bars[int(t)] for t in times[1:]), last)
@@ -137,8 +142,34 @@ class SamplerConfig(BaseModel):
             return SamplerStep(
                 timestep=timestep, sample=to_signal * x0[0], prediction=to_signal * x0[1], noise=to_sigma
             )
+        fresh = 0.0
+        if self.scheduler == "euler_ancestral":
+            # Part of the noise at the end of the step is fresh (Karras et al. 2022, arXiv 2206.00364, algorithm 2, as
+            # k-diffusion has it), in sigma / alpha, the units of Euler's schedule.
+            start, end = (1 - now) / now, (1 - after) / after
+            fresh = to_signal * math.sqrt(end * max(start - end, 0.0) / start)
+            to_sigma = math.sqrt(max(to_sigma**2 - fresh**2, 0.0))
         return SamplerStep(
             timestep=timestep,
             sample=to_signal * x0[0] + to_sigma * eps[0],
             prediction=to_signal * x0[1] + to_sigma * eps[1],
+            noise=fresh,
         )
+
+
+def _trigflow_step(angle: float, after: float) -> SamplerStep:
+    """SANA-Sprint's step (arXiv 2503.09641, section 3): a flow network asked at an angle of TrigFlow, x0, fresh noise.
+
+    The network sees the point on its own straight path at time s, which is `size` times the point on the circle.
+    """
+    cosine, sine = math.cos(angle), math.sin(angle)
+    time = sine / (cosine + sine)
+    size = math.hypot(time, 1 - time)
+    # On the circle the velocity is (1 - 2 s) x + size * prediction.
+    return SamplerStep(
+        timestep=time,
+        input_scale=size,
+        sample=math.cos(after) * (cosine - sine * (1 - 2 * time)),
+        prediction=-math.cos(after) * sine * size,
+        noise=math.sin(after),
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,6 +20,8 @@ from edgegen.students.sampler import SamplerConfig
 STEPS = (1, 2, 4, 8)
 DEFAULT_STEPS = 4
 LCM_SIGMA_DATA = 0.5
+SCM_START, SCM_MIDDLE = 1.57080, 1.3
+"""diffusers' own defaults of SCMScheduler: where sampling starts, and the middle of two steps."""
 
 OFF = {
     "trained_betas": None,
@@ -29,7 +32,6 @@ OFF = {
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
     "use_flow_sigmas": False,
-    "use_dynamic_shifting": False,
     "invert_sigmas": False,
     "shift_terminal": None,
     "stochastic_sampling": False,
@@ -46,10 +48,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "DDIMScheduler": {"clip_sample": True, "timestep_spacing": "leading", "set_alpha_to_one": True},
     "LCMScheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
     "EulerDiscreteScheduler": {"timestep_spacing": "linspace", "final_sigmas_type": "zero"},
+    "EulerAncestralDiscreteScheduler": {"timestep_spacing": "linspace", "final_sigmas_type": "zero"},
+    "TCDScheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
     "DEISMultistepScheduler": {"timestep_spacing": "linspace", "solver_order": 2},
     "FlowMatchEulerDiscreteScheduler": {"shift": 1.0},
+    "SCMScheduler": {"prediction_type": "trigflow"},
 }
 """Schedulers that are read, and diffusers' defaults for keys that a file may leave out."""
+
+INSTEAD = {
+    "DPMSolverMultistepScheduler": "EulerDiscreteScheduler",
+    "DPMSolverSinglestepScheduler": "EulerDiscreteScheduler",
+    "UniPCMultistepScheduler": "EulerDiscreteScheduler",
+    "PNDMScheduler": "DDIMScheduler",
+    "HeunDiscreteScheduler": "EulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler": "FlowMatchEulerDiscreteScheduler",
+}
+"""Schedulers whose step looks at more than one prediction, which a row of coefficients cannot; and the one to use."""
 
 SHARED: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -61,7 +76,17 @@ SHARED: dict[str, Any] = {
 }
 
 
-def sampler_from(data: Mapping[str, Any], name: str) -> SamplerConfig:
+@dataclass(frozen=True)
+class FlowSpacing:
+    """How a pipeline asks a flow scheduler for its sigmas: what its `scheduler_config.json` does not say."""
+
+    even: bool = False
+    """From 1 to 1 / steps, as Z-Image's pipeline does; otherwise down to the scheduler's own last sigma."""
+    tokens: int | None = None
+    """Tokens of the picture, which set the shift where `use_dynamic_shifting` is on."""
+
+
+def sampler_from(data: Mapping[str, Any], name: str, spacing: FlowSpacing | None = None) -> SamplerConfig:
     """The sampler that `scheduler_config.json` describes, for the step counts 1, 2, 4 and 8 where it has them.
 
     Raises EdgegenError for a scheduler that is not read, and for the first setting that changes its arithmetic.
@@ -70,7 +95,8 @@ def sampler_from(data: Mapping[str, Any], name: str) -> SamplerConfig:
     if kind not in DEFAULTS:
         raise EdgegenError(
             f"scheduler `{kind}` in `{name}` is not one that edgegen reads",
-            hint="save the pipeline with one of " + ", ".join(f"`{known}`" for known in DEFAULTS),
+            hint="save the pipeline with "
+            + (f"`{INSTEAD[kind]}`" if kind in INSTEAD else "one of " + ", ".join(f"`{known}`" for known in DEFAULTS)),
         )
     settings = SHARED | DEFAULTS[kind] | dict(data)
     for key, neutral in OFF.items():
@@ -88,8 +114,11 @@ def sampler_from(data: Mapping[str, Any], name: str) -> SamplerConfig:
             "DDIMScheduler": _ddim,
             "LCMScheduler": _lcm,
             "EulerDiscreteScheduler": _euler,
+            "EulerAncestralDiscreteScheduler": _euler,
+            "TCDScheduler": _tcd,
             "DEISMultistepScheduler": _deis,
-            "FlowMatchEulerDiscreteScheduler": _flow,
+            "FlowMatchEulerDiscreteScheduler": lambda read, train: _flow(read, train, spacing or FlowSpacing()),
+            "SCMScheduler": _scm,
         }
         made = build[kind](settings, train)
         if not made["times"]:
@@ -175,8 +204,9 @@ def _euler(settings: dict[str, Any], train: int) -> dict[str, Any]:
             times[steps] = _spaced(settings, train, steps)
     if settings["final_sigmas_type"] != "zero":
         raise ValueError(f"final_sigmas_type {settings['final_sigmas_type']}, which ends off the decoder's scale")
+    ancestral = settings["_class_name"] == "EulerAncestralDiscreteScheduler"
     made = {
-        "scheduler": "ddim",
+        "scheduler": "euler_ancestral" if ancestral else "ddim",
         "times": {steps: row for steps, row in times.items() if row},
         "final_alpha": "one",
         **_vp(settings),
@@ -207,13 +237,48 @@ def _deis(settings: dict[str, Any], train: int) -> dict[str, Any]:
     return {"scheduler": "ddim", "times": times, "final_alpha": "first", **_vp(settings)}
 
 
-def _flow(settings: dict[str, Any], train: int) -> dict[str, Any]:
-    """Esser et al. 2024 (arXiv 2403.03206): evenly spaced between the shifted ends, then shifted."""
-    shift = float(settings["shift"])
+def _tcd(settings: dict[str, Any], train: int) -> dict[str, Any]:
+    """Zheng et al. 2024 (arXiv 2402.19159) with eta 0, which is what diffusers' pipelines ask for: DDIM's step between
+    the distillation's own timesteps.
+    """
+    made = _lcm({**settings, "timestep_scaling": 1e6}, train)
+    return {**made, "scheduler": "ddim", "final_alpha": "first"}
+
+
+def _scm(settings: dict[str, Any], train: int) -> dict[str, Any]:
+    """Continuous-time consistency (Lu and Song 2024, arXiv 2410.11081) at the angles of diffusers' SANA-Sprint."""
+    if settings["prediction_type"] != "trigflow":
+        raise ValueError(f"prediction_type {settings['prediction_type']}, where SCM has trigflow alone")
+    times = {steps: [SCM_START * (steps - i) / steps for i in range(steps)] for steps in STEPS}
+    times[2] = [SCM_START, SCM_MIDDLE]
+    return {"scheduler": "scm", "prediction_type": "trigflow", "times": times}
+
+
+def _flow(settings: dict[str, Any], train: int, spacing: FlowSpacing) -> dict[str, Any]:
+    """Esser et al. 2024 (arXiv 2403.03206): evenly spaced between the ends, then shifted.
+
+    A constant shift has shifted the ends already, unless the pipeline brings its own.
+    """
+    shift, dynamic = float(settings["shift"]), bool(settings.get("use_dynamic_shifting", False))
+    if dynamic:
+        if spacing.tokens is None:
+            raise ValueError("use_dynamic_shifting, where the pipeline does not say what it depends on")
+        shift = _dynamic_shift(settings, spacing.tokens)
 
     def shifted(sigma: float) -> float:
         return shift * sigma / (1 + (shift - 1) * sigma)
 
-    high, low = shifted(1.0), shifted(1 / train)
-    times = {steps: [shifted(high + (low - high) * i / max(steps - 1, 1)) for i in range(steps)] for steps in STEPS}
+    low = 1 / train if dynamic else shifted(1 / train)
+    times = {}
+    for steps in STEPS:
+        last = 1 / steps if spacing.even else low
+        times[steps] = [shifted(1.0 + (last - 1.0) * i / max(steps - 1, 1)) for i in range(steps)]
     return {"scheduler": "flow_match_euler", "prediction_type": "velocity", "times": times}
+
+
+def _dynamic_shift(settings: dict[str, Any], tokens: int) -> float:
+    """The shift for a picture of that many tokens: linear in them, or its exponential."""
+    first, last = float(settings.get("base_shift", 0.5)), float(settings.get("max_shift", 1.15))
+    few, many = int(settings.get("base_image_seq_len", 256)), int(settings.get("max_image_seq_len", 4096))
+    mu = first + (last - first) / (many - few) * (tokens - few)
+    return math.exp(mu) if settings.get("time_shift_type", "exponential") == "exponential" else mu

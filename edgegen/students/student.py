@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.students.config import StudentConfig
+from edgegen.students.example_picture import example_picture
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,10 +31,14 @@ class Component:
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    examples: tuple[tuple[Tensor, ...], ...] = ()
+    """Inputs that the user gave, in place of random ones."""
 
     def example_inputs(self) -> tuple[Tensor, ...]:
         """Deterministic inputs of the right shapes, for tracing; verification uses the student's own trajectory
         instead."""
+        if self.examples:
+            return self.examples[0]
         generator = torch.Generator().manual_seed(0)
         made = []
         for spec in self.inputs:
@@ -41,6 +48,17 @@ class Component:
                 made.append(torch.randn(spec.shape, generator=generator))
         return tuple(made)
 
+    def samples(self) -> tuple[tuple[Tensor, ...], ...]:
+        """What a component without a trajectory is calibrated and verified on."""
+        return self.examples or (self.example_inputs(),)
+
+    @torch.no_grad()
+    def call(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name; of `inputs` the component takes those that its signature names."""
+        out = self.module(*(inputs[spec.name] for spec in self.inputs))
+        values = (out,) if isinstance(out, Tensor) else tuple(out)
+        return {spec.name: value for spec, value in zip(self.outputs, values, strict=True)}
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over signature, parameter names, dtypes, shapes and bytes."""
@@ -48,6 +66,9 @@ class Component:
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data if tensor.numel() else b"")
+        for sample in self.examples:
+            for tensor in sample:
+                digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -75,9 +96,41 @@ class Student:
             digest.update(component.fingerprint.encode())
         return digest.hexdigest()
 
+    @property
+    def conditioning(self) -> Component:
+        """The component that runs once, before the denoiser, and says what is to be drawn."""
+        assert self.config.conditioning is not None
+        return self.components[self.config.conditioning]
+
+    def given(self, prompts: Sequence[str]) -> Tensor:
+        """What the conditioning component takes for `prompts`: input_ids [N, L] int32, or for a student that starts
+        from a picture the example pictures of these names, [N, 3, H, W] in -1..1."""
+        if self.config.conditioning == "text_encoder":
+            return self.tokenize(list(prompts))
+        height, width = self.conditioning.inputs[0].shape[-2:]
+        return torch.from_numpy(np.stack([example_picture(name, height, width) for name in prompts]))
+
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts -> input_ids [N, L] int32, padded and cut by the tokenizer's own settings."""
         return torch.tensor([e.ids for e in self.tokenizer.encode_batch(prompts)], dtype=torch.int32)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Parameters get no random numbers: they are about to be replaced, and a gigabyte of them takes longer to draw than
+    to read. What a network computes for itself (tables, buffers) is computed."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        target = args[0] if args else given.get("tensor")
+        random = getattr(func, "__module__", None) == "torch.nn.init" or func in _RANDOM
+        if random and isinstance(target, nn.Parameter):
+            return target
+        return func(*args, **given)
+
+
+_RANDOM = (Tensor.uniform_, Tensor.normal_)
 
 
 def assemble(config: StudentConfig, state: Mapping[str, Mapping[str, Tensor]], tokenizer_json: str | None) -> Student:
@@ -88,12 +141,15 @@ def assemble(config: StudentConfig, state: Mapping[str, Mapping[str, Tensor]], t
 
     components = {}
     for name, part in config.components.items():
-        module = build_module(part.architecture, part.config)
+        with _Uninitialised():
+            module = build_module(part.architecture, part.config)
         if name not in state:
             raise EdgegenError(f"checkpoint has no weights for component `{name}`")
         weights = {key: value.float() if value.is_floating_point() else value for key, value in state[name].items()}
+        weights = {key: value.contiguous() for key, value in weights.items()}
         try:
-            module.load_state_dict(weights, strict=True)
+            # The tensors themselves, not copies: those of a float32 file stay memory-mapped.
+            module.load_state_dict(weights, strict=True, assign=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise EdgegenError(f"weights of component `{name}` do not fit its config: {reason}") from error

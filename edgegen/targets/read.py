@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from edgegen import files
 from edgegen.errors import UsageError
+from edgegen.files import shipped
 from edgegen.targets.model import Chipset, Delegate, Device, Runtime, Target
 
 SIZE_LIMIT = 256 * 1024
@@ -29,13 +30,7 @@ class TargetFileError(UsageError):
 
 def data_folder() -> Path:
     """`targets/` of the checkout, or its copy in the installed package."""
-    package = Path(__file__).parents[1]
-    for folder in (package / "_data" / "targets", package.parent / "targets"):
-        if (folder / "chipsets").is_dir():
-            return folder
-    raise UsageError(
-        "the target files that ship with edgegen are missing", hint="pip install --force-reinstall edgegen"
-    )
+    return shipped("targets", "chipsets", "the target files")
 
 
 def list_targets() -> tuple[str, ...]:
@@ -111,22 +106,9 @@ def _delegates(path: Path, index: int, runtime: Runtime) -> tuple[Delegate, ...]
 def read_text(path: Path) -> str:
     """A target file's text; TargetFileError when it is no regular file, too large, or not UTF-8."""
     try:
-        # Non-blocking: a FIFO without a writer would make a plain open wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                raise TargetFileError([f"{path}: is not a regular file"])
-            content = stream.read(SIZE_LIMIT + 1)
-    except OSError as error:
-        raise TargetFileError([f"{path}: {error.strerror}"]) from error
-    except ValueError as error:  # a NUL in the path
-        raise TargetFileError([f"{path}: {error}"]) from error
-    if len(content) > SIZE_LIMIT:
-        raise TargetFileError([f"{path}: is larger than {SIZE_LIMIT} bytes"])
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise TargetFileError([f"{path}: is not UTF-8 text (byte {error.start})"]) from error
+        return files.read_text(path, SIZE_LIMIT)
+    except UsageError as error:
+        raise TargetFileError([error.message]) from error
 
 
 def _parsed(path: Path) -> dict[str, Any]:

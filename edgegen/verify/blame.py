@@ -171,12 +171,14 @@ def blame(
     *,
     worst_at: str | None = None,
     dump: Path | None = None,
+    planned: bool = False,
 ) -> str:
     """A sentence about component `name`: the first op that parts ways, or why only the component itself can be named.
 
-    `program` is the fp32 graph that was lowered, None where there is no model to make it of; `inputs` are the names of
-    its inputs in order. The sample with the label `worst_at` decides, else the first. With `dump`, every value that can
-    be seen is left in that folder with an index. A `dump` that cannot be written is an EdgegenError; nothing else is.
+    `program` is the fp32 graph that was lowered (`planned`: with a plan's quantize and dequantize ops), None where
+    there is no model to make it of; `inputs` are the names of its inputs in order. The sample with the label `worst_at`
+    decides, else the first. With `dump`, every value that can be seen is left in that folder with an index. A `dump`
+    that cannot be written is an EdgegenError; nothing else is.
     """
     if not isinstance(backend, Transparent | Evaluated):
         label = getattr(backend, "name", "this backend")
@@ -201,7 +203,11 @@ def blame(
             return f"`{name}`: looking inside failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         if dump is not None:
             itself = "float32 arithmetic of the artifact itself" if found else None
-            with_what = itself if program is None else "the student in torch"
+            with_what = (
+                itself
+                if program is None
+                else ("the student as planned, in torch" if planned else "the student in torch")
+            )
             about = {"component": name, "artifact": path.name, "sample": sample.label, "compared_with": with_what}
             values.write_index(about, {value: {"sqnr_db": plain(db)} for value, db in found.items()})
     return f"`{name}`{said}"

@@ -79,6 +79,7 @@ def _job(bundle: Bundle, backend: str, folder: Path, require_full_delegation: bo
         delegations={name: one.delegation for name, one in artifacts.items()},
         predicted_db={name: db for name, one in artifacts.items() if (db := predicted_db(one.details)) is not None},
         accumulate=accumulate,
+        tilings=manifest.tilings,
         reference=stored_reference(bundle),
         gates=thresholds,
         pictures=folder / backend,

@@ -18,7 +18,7 @@ from edgegen.bundle.noise import normal
 from edgegen.errors import EdgegenError
 from edgegen.lower.backend import Array
 from edgegen.students.config import LatentConfig
-from edgegen.verify.trajectory import Pair, Reference, Sample, Signature, Step, Trajectory, samples_of
+from edgegen.verify.trajectory import Pair, Reference, Sample, Signature, Step, Trajectory, samples_of, scalars
 
 
 def store(reference: Reference, root: Path) -> tuple[tuple[Fixture, ...], tuple[ComponentFixture, ...]]:
@@ -34,13 +34,15 @@ def store(reference: Reference, root: Path) -> tuple[tuple[Fixture, ...], tuple[
     pairs = {id(pair.a): pair for pair in reference.pairs}
     fixtures = []
     for index, one in enumerate(reference.trajectories):
+        (spec,) = reference.signatures[reference.conditioning].inputs
+        name = spec.name
         at = f"{index:02d}"
         pair = pairs.get(id(one))
         other = None
         if pair is not None:
             other = OtherPrompt(
                 prompt=pair.prompt_b,
-                input_ids=save(f"{at}/other/input_ids.npy", pair.input_ids_b),
+                inputs={name: save(f"{at}/other/{_file(name)}.npy", pair.given_b)},
                 predictions=tuple(
                     save(f"{at}/other/prediction-{k}.npy", value) for k, value in enumerate(pair.predictions_b, start=1)
                 ),
@@ -49,8 +51,12 @@ def store(reference: Reference, root: Path) -> tuple[tuple[Fixture, ...], tuple[
             prompt=one.prompt,
             seed=one.seed,
             steps=len(one.steps),
-            input_ids=save(f"{at}/input_ids.npy", one.input_ids),
-            context=save(f"{at}/context.npy", one.context),
+            inputs={name: save(f"{at}/{_file(name)}.npy", one.given)},
+            conditioning={
+                key: save(f"{at}/{key}.npy", value)
+                for key, value in one.conditioning.items()
+                if key not in reference.conditions
+            },
             noise=save(f"{at}/noise.npy", one.noise),
             predictions=tuple(save(f"{at}/prediction-{k}.npy", s.prediction) for k, s in enumerate(one.steps, start=1)),
             latents=tuple(save(f"{at}/latent-{k}.npy", s.latent_out) for k, s in enumerate(one.steps, start=1)),
@@ -102,6 +108,7 @@ def restore(
     latent: LatentConfig | None = None,
     planned: Mapping[str, Sequence[Mapping[str, str]]] | None = None,
     bounds: Mapping[str, PlanBound] | None = None,
+    conditions: Mapping[str, float] | None = None,
 ) -> Reference:
     """The reference that `store` wrote below `root`. EdgegenError names a file that is not the array it should be."""
 
@@ -131,20 +138,30 @@ def restore(
     assert sampler is not None and latent is not None
     trajectories, pairs = [], []
     for fixture in fixtures:
-        one = _trajectory(fixture, sampler, latent, {name: load(name) for name in _paths(fixture)})
+        files = {name: load(name) for name in _paths(fixture)}
+        one = _trajectory(fixture, sampler, latent, files, conditions or {})
         trajectories.append(one)
         if fixture.other is not None:
             predictions = tuple(load(name) for name in fixture.other.predictions)
-            pairs.append(Pair(one, fixture.other.prompt, load(fixture.other.input_ids), predictions))
+            (given,) = fixture.other.inputs.values()
+            pairs.append(Pair(one, fixture.other.prompt, load(given), predictions))
     kept = tuple(trajectories)
-    made = Reference(signatures, samples_of(signatures, kept), kept, tuple(pairs), latent.scale, latent.shift)
+    samples_kept = samples_of(signatures, kept)
+    made = Reference(
+        signatures, samples_kept, kept, tuple(pairs), latent.scale, latent.shift, conditions=conditions or {}
+    )
     return with_planned(made)
+
+
+def _file(name: str) -> str:
+    """The stem of what the conditioning component takes; `image` is the decoder's word for what it gives."""
+    return f"given-{name}" if name == "image" else name
 
 
 def _paths(fixture: Fixture) -> tuple[str, ...]:
     return (
-        fixture.input_ids,
-        fixture.context,
+        *fixture.inputs.values(),
+        *fixture.conditioning.values(),
         fixture.noise,
         fixture.image,
         *fixture.predictions,
@@ -152,8 +169,16 @@ def _paths(fixture: Fixture) -> tuple[str, ...]:
     )
 
 
-def _trajectory(fixture: Fixture, sampler: SamplerTable, latent: LatentConfig, files: dict[str, Any]) -> Trajectory:
+def _trajectory(
+    fixture: Fixture,
+    sampler: SamplerTable,
+    latent: LatentConfig,
+    files: dict[str, Any],
+    conditions: Mapping[str, float],
+) -> Trajectory:
     x = files[fixture.noise]
+    (given,) = fixture.inputs.values()
+    encoded = {name: files[path] for name, path in fixture.conditioning.items()}
     steps = []
     table = sampler.tables[fixture.steps]
     rows = zip(table, fixture.predictions, fixture.latents, strict=True)
@@ -165,8 +190,8 @@ def _trajectory(fixture: Fixture, sampler: SamplerTable, latent: LatentConfig, f
     return Trajectory(
         fixture.prompt,
         fixture.seed,
-        files[fixture.input_ids],
-        files[fixture.context],
+        files[given],
+        {**encoded, **scalars(conditions)},
         files[fixture.noise],
         tuple(steps),
         ready,

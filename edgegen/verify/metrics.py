@@ -49,6 +49,13 @@ def psnr_db(reference: Array, measured: Array, peak: float = 2.0) -> float:
     return _ratio_db(peak * peak, float(np.square(wide - other).mean()))
 
 
+def picture_psnr_db(reference: Array, measured: Array) -> float:
+    """`psnr_db` of a picture [1, 3, H, W]; of a video [1, 3, T, H, W] that of its worst frame."""
+    if reference.ndim != 5 or reference.shape != measured.shape:
+        return psnr_db(reference, measured)
+    return min(psnr_db(reference[:, :, t], measured[:, :, t]) for t in range(reference.shape[2]))
+
+
 @dataclass(frozen=True)
 class Sensitivity:
     """How much an output moves with the prompt: compiled against reference."""

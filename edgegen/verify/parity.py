@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from edgegen.bundle.manifest import Gates
+from edgegen.graph.tiles import Tiling
 from edgegen.lower.backend import Array, Backend, Delegation, Executable, HeldTo
+from edgegen.lower.chain import load_artifact
 from edgegen.students.sampler import SamplerStep
 from edgegen.verify.gates import PLAN_FLOAT_SLACK_DB, check, default_gates, meets, required_of_plan
-from edgegen.verify.metrics import psnr_db, sensitivity, sqnr_db
+from edgegen.verify.metrics import picture_psnr_db, sensitivity, sqnr_db
 from edgegen.verify.outcome import (
     ComponentParity,
     Outcome,
@@ -30,7 +32,7 @@ from edgegen.verify.outcome import (
     SensitivityStep,
     Unavailable,
 )
-from edgegen.verify.trajectory import Floats, Pair, Picture, Reference, Signature, Trajectory, to_picture
+from edgegen.verify.trajectory import Floats, Pair, Picture, Reference, Signature, Trajectory, scalars, to_picture
 
 
 class ArtifactError(Exception):
@@ -44,23 +46,32 @@ class ArtifactError(Exception):
 
 @dataclass(frozen=True)
 class CompiledRun:
-    """The compiled loop's own trajectory: latent after each step, and the image [1, 3, H, W]."""
+    """The compiled loop's own trajectory: latent after each step, and what the decoder gives."""
 
     latents: tuple[Floats, ...]
     image: Floats
 
 
 def load_executables(
-    backend: Backend, artifacts: Mapping[str, Path], signatures: Mapping[str, Signature]
+    backend: Backend,
+    artifacts: Mapping[str, Path],
+    signatures: Mapping[str, Signature],
+    tilings: Mapping[str, Tiling] | None = None,
 ) -> dict[str, Executable | Unavailable]:
-    """Load what this host can execute; the rest is `Unavailable` with the reason, which `verify` takes as well."""
+    """Load what this host can execute; the rest is `Unavailable` with the reason, which `verify` takes as well.
+
+    `tilings` has the components whose artifact computes one tile.
+    """
     reason = backend.not_executed_here()
     if reason is not None:
         return {name: Unavailable(outcome=Outcome.NOT_EXECUTED, reason=reason) for name in artifacts}
     loaded: dict[str, Executable | Unavailable] = {}
     for name, path in artifacts.items():
         try:
-            loaded[name] = backend.load(path, signatures[name].inputs, signatures[name].outputs)
+            tiling = (tilings or {}).get(name)
+            loaded[name] = load_artifact(
+                backend, path, signatures[name].inputs, signatures[name].outputs, tiling=tiling
+            )
         except Exception as error:  # a runtime may raise anything on a file it does not like; the reason is reported
             loaded[name] = Unavailable(outcome=Outcome.LOAD_FAIL, reason=_one_line(error))
     return loaded
@@ -86,13 +97,13 @@ def call(executable: Executable, signature: Signature, inputs: Mapping[str, Arra
 def compiled_run(reference: Reference, trajectory: Trajectory, executables: Mapping[str, Executable]) -> CompiledRun:
     """Draw the trajectory's prompt from its noise with the artifacts alone. ArtifactError when one of them fails."""
     signatures = reference.signatures
-    context = _first(executables, signatures, "text_encoder", trajectory.input_ids)
+    conditioning = _condition(executables, reference, trajectory.given)
     x, latents = trajectory.noise, []
     with np.errstate(over="ignore", invalid="ignore"):  # an artifact that diverges is measured, not warned about
         for step in trajectory.steps:
             by = step.coefficients
             scaled = np.float32(by.input_scale) * x
-            prediction = _denoise(executables, signatures["denoiser"], scaled, by, context)
+            prediction = _denoise(executables, signatures["denoiser"], scaled, by, conditioning)
             x = np.float32(by.sample) * x + np.float32(by.prediction) * prediction
             if step.noise is not None:
                 x = x + np.float32(by.noise) * step.noise
@@ -234,20 +245,20 @@ def _picture(
         prompt=trajectory.prompt,
         seed=trajectory.seed,
         steps=len(trajectory.steps),
-        psnr_db=psnr_db(trajectory.image, run.image),
+        psnr_db=picture_psnr_db(trajectory.image, run.image),
         latent_sqnr_db=tuple(sqnr_db(step.latent_out, latent) for step, latent in pairs),
     )
 
 
 def _sensitivity(reference: Reference, pair: Pair, executables: Mapping[str, Executable]) -> list[SensitivityStep]:
     signatures = reference.signatures
-    context_a = _first(executables, signatures, "text_encoder", pair.a.input_ids)
-    context_b = _first(executables, signatures, "text_encoder", pair.input_ids_b)
+    heard_a = _condition(executables, reference, pair.a.given)
+    heard_b = _condition(executables, reference, pair.given_b)
     found = []
     for index, (step, expected_b) in enumerate(zip(pair.a.steps, pair.predictions_b, strict=True), start=1):
         denoiser = signatures["denoiser"]
-        out_a = _denoise(executables, denoiser, step.model_input, step.coefficients, context_a)
-        out_b = _denoise(executables, denoiser, step.model_input, step.coefficients, context_b)
+        out_a = _denoise(executables, denoiser, step.model_input, step.coefficients, heard_a)
+        out_b = _denoise(executables, denoiser, step.model_input, step.coefficients, heard_b)
         moved = sensitivity(step.prediction, expected_b, out_a, out_b)
         found.append(
             SensitivityStep(
@@ -266,6 +277,14 @@ def _sensitivity(reference: Reference, pair: Pair, executables: Mapping[str, Exe
     return found
 
 
+def _condition(executables: Mapping[str, Executable], reference: Reference, given: Array) -> dict[str, Array]:
+    """What the compiled conditioning component gives, and the scalars beside it; copies, as runtimes reuse buffers."""
+    name, signature = reference.conditioning, reference.signatures[reference.conditioning]
+    out = call(executables[name], signature, {signature.inputs[0].name: given})
+    made = {spec.name: np.array(out[spec.name]) for spec in signature.outputs}
+    return {**made, **scalars(reference.conditions)}
+
+
 def _first(
     executables: Mapping[str, Executable], signatures: Mapping[str, Signature], name: str, value: Array
 ) -> Floats:
@@ -274,9 +293,13 @@ def _first(
 
 
 def _denoise(
-    executables: Mapping[str, Executable], signature: Signature, latent: Array, step: SamplerStep, context: Array
+    executables: Mapping[str, Executable],
+    signature: Signature,
+    latent: Array,
+    step: SamplerStep,
+    conditioning: Mapping[str, Array],
 ) -> Floats:
-    return _output(executables["denoiser"], signature, signature.denoiser_inputs(latent, step, context))
+    return _output(executables["denoiser"], signature, signature.denoiser_inputs(latent, step, conditioning))
 
 
 def _output(executable: Executable, signature: Signature, given: Mapping[str, Array]) -> Floats:

@@ -10,48 +10,50 @@ from torch import Tensor
 
 from edgegen.errors import EdgegenError
 from edgegen.lower.backend import Array
-from edgegen.students.sample import StepRecord, decoder_input, denoise, initial_noise
+from edgegen.students.example_picture import EXAMPLE_NAMES
+from edgegen.students.sample import StepRecord, condition, decode, decoder_input, denoise, initial_noise
 from edgegen.students.student import Component, Student
 from edgegen.verify.trajectory import Pair, Reference, Sample, Signature, Step, Trajectory, samples_of
 
-MAX_PROMPTS = 4
+MAX_PROMPTS, MAX_VIDEOS = 4, 2
 
 
 def trajectory(student: Student, prompt: str, seed: int, steps: int) -> Trajectory:
     """Draw `prompt` from the noise of `seed`; UsageError for a number of steps the student was not distilled for."""
-    ids = student.tokenize([prompt])
-    context = _call(student.components["text_encoder"], ids)[0]
+    given = student.given([prompt])
+    conditioning = condition(student, given)
     noise = initial_noise(student, [seed])
-    records = list(denoise(student, context, [seed], steps))
+    records = list(denoise(student, conditioning, [seed], steps))
     ready = decoder_input(student, records[-1].latent_out)
-    image = _call(student.components["decoder"], ready)[0]
+    image = decode(student, ready)
     made = Trajectory(
         prompt=prompt,
         seed=seed,
-        input_ids=ids.numpy(),
-        context=context.numpy(),
+        given=given.numpy(),
+        conditioning={name: value.numpy() for name, value in conditioning.items()},
         noise=noise.numpy(),
         steps=tuple(_step(student, record, seed, index) for index, record in enumerate(records, start=1)),
         decoder_input=ready.numpy(),
         image=image.numpy(),
     )
-    for name, values in (("text_encoder", [made.context]), ("denoiser", [step.prediction for step in made.steps])):
-        _require_finite(student, name, values)
+    _require_finite(student, student.conditioning.name, list(made.conditioning.values()))
+    _require_finite(student, "denoiser", [step.prediction for step in made.steps])
     _require_finite(student, "decoder", [made.image])
     return made
 
 
 def pair(student: Student, a: Trajectory, prompt_b: str) -> Pair:
     """The denoiser at the latents of `a`, listening to `prompt_b`."""
-    ids = student.tokenize([prompt_b])
-    context = _call(student.components["text_encoder"], ids)[0]
+    given = student.given([prompt_b])
+    conditioning = condition(student, given)
     denoiser = student.components["denoiser"]
-    predictions = tuple(
-        _call(denoiser, torch.from_numpy(step.model_input), torch.tensor([step.timestep]), context)[0].numpy()
-        for step in a.steps
-    )
-    _require_finite(student, "denoiser", predictions)
-    return Pair(a, prompt_b, ids.numpy(), predictions)
+    found = []
+    for step in a.steps:
+        at = {"latent": torch.from_numpy(step.model_input), "timestep": torch.tensor([step.timestep])}
+        (prediction,) = denoiser.call({**conditioning, **at}).values()
+        found.append(prediction.numpy())
+    _require_finite(student, "denoiser", found)
+    return Pair(a, prompt_b, given.numpy(), tuple(found))
 
 
 def reference(
@@ -61,7 +63,8 @@ def reference(
     step_counts: Sequence[int] | None = None,
     signatures: Mapping[str, Signature] | None = None,
 ) -> Reference:
-    """The reference of `student`: its example prompts (at most four) at its default steps, the first at all others too.
+    """The reference of `student`: its example prompts (at most four; two of a student that makes videos, which are
+    large) at its default steps, the first at all others too.
 
     `step_counts` replaces those counts: the first is what every prompt is drawn at. Prompt i is drawn from seed
     `seed + i` and paired with its neighbour; a single prompt is paired with the empty one. A `single` student is called
@@ -71,10 +74,13 @@ def reference(
     own = {name: Signature(part.inputs, part.outputs) for name, part in student.components.items()}
     signatures = signatures or own
     if student.config.task == "single":
-        samples = {name: (_single(student, part, signatures[name]),) for name, part in student.components.items()}
+        samples = {
+            name: tuple(_single(student, part, signatures[name], given, label) for given, label in labelled(part))
+            for name, part in student.components.items()
+        }
         return Reference(signatures, samples)
     assert student.config.sampler is not None and student.config.latent is not None
-    chosen = tuple(prompts if prompts is not None else student.config.example_prompts[:MAX_PROMPTS]) or ("",)
+    chosen = tuple(prompts if prompts is not None else _examples(student)) or ("",)
     default = student.config.sampler.default_steps
     counts = tuple(step_counts or (default, *(n for n in sorted(student.config.sampler.times) if n != default)))
     drawn = [trajectory(student, prompt, seed + i, counts[0]) for i, prompt in enumerate(chosen)]
@@ -82,15 +88,38 @@ def reference(
     pairs = tuple(pair(student, a, b) for a, b in zip(drawn, partners, strict=True) if a.prompt != b)
     drawn += [trajectory(student, chosen[0], seed, count) for count in counts[1:]]
     latent = student.config.latent
-    return Reference(signatures, samples_of(signatures, drawn), tuple(drawn), pairs, latent.scale, latent.shift)
+    return Reference(
+        signatures,
+        samples_of(signatures, drawn),
+        tuple(drawn),
+        pairs,
+        latent.scale,
+        latent.shift,
+        student.config.conditions,
+    )
 
 
-def _single(student: Student, component: Component, signature: Signature) -> Sample:
-    given = component.example_inputs()
+def _examples(student: Student) -> tuple[str, ...]:
+    if student.config.conditioning == "text_encoder":
+        return student.config.example_prompts[:MAX_PROMPTS]
+    return (student.config.example_prompts or EXAMPLE_NAMES)[:MAX_VIDEOS]
+
+
+def labelled(component: Component) -> list[tuple[tuple[Tensor, ...], str]]:
+    """The samples of a component without a trajectory, and what each is called."""
+    if not component.examples:
+        return [(component.example_inputs(), "example inputs")]
+    number = len(component.examples)
+    return [(sample, f"given inputs, {index} of {number}") for index, sample in enumerate(component.examples, start=1)]
+
+
+def _single(
+    student: Student, component: Component, signature: Signature, given: tuple[Tensor, ...], label: str
+) -> Sample:
     outputs = [part.numpy() for part in _call(component, *given)]
     _require_finite(student, component.name, outputs)
     return Sample(
-        "example inputs",
+        label,
         {
             spec.name: value.numpy()
             for spec, value in zip(component.inputs, given, strict=True)

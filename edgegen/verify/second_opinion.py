@@ -31,7 +31,10 @@ def with_second_opinions(
     reference: Reference,
     accumulate: Sums,
 ) -> ParityReport:
-    """`report` with what the backend's evaluator says of each component that was executed, over one picture's calls."""
+    """`report` with what the backend's evaluator says of each component that was executed, over one picture's calls.
+
+    `artifacts` are single files or packages: nothing is said of a component in parts or tiles.
+    """
     if not isinstance(backend, Evaluated):
         return report
     runtime_is_here = backend.executed_by() is None
@@ -40,7 +43,7 @@ def with_second_opinions(
 
     def more(part: ComponentParity) -> ComponentParity:
         executable = executables.get(part.component)
-        if executable is None or part.sqnr_db is None:
+        if executable is None or part.sqnr_db is None or part.component not in artifacts:
             return part
         path, signature = artifacts[part.component], reference.signatures[part.component]
         calls = samples[part.component]

@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict
 from edgegen.bundle.manifest import ComponentFixture, ComponentIO, Fixture, Gates, Manifest, PlanBound, SamplerTable
 from edgegen.child import child_main, leave, run_child
 from edgegen.errors import EdgegenError
+from edgegen.graph.tiles import Tiling
 from edgegen.lower.backend import Delegation, HeldTo, get_backend
+from edgegen.lower.chain import SUFFIX
 from edgegen.lower.requirements import missing_modules
 from edgegen.lower.stand_in import Evaluated, Sums, executed_by
 from edgegen.profile.host import ProfileReport, profile
@@ -46,6 +48,7 @@ class StoredReference(BaseModel):
     latent: LatentConfig | None = None
     planned: dict[str, tuple[dict[str, str], ...]] = {}
     bounds: dict[str, PlanBound] = {}
+    conditions: dict[str, float] = {}
 
     @classmethod
     def of(cls, manifest: Manifest, root: Path) -> StoredReference:
@@ -59,6 +62,7 @@ class StoredReference(BaseModel):
             latent=manifest.latent,
             planned=manifest.planned,
             bounds={} if manifest.plan is None else manifest.plan.bounds,
+            conditions=manifest.conditions,
         )
 
     def restored(self) -> Reference:
@@ -72,6 +76,7 @@ class StoredReference(BaseModel):
             self.latent,
             self.planned,
             self.bounds,
+            self.conditions,
         )
 
 
@@ -90,6 +95,8 @@ class VerifyJob(BaseModel):
     """"fp16": an evaluator's numbers with float16 sums are measured beside the ones that the gates are about."""
     reference: StoredReference
     gates: Gates
+    tilings: dict[str, Tiling] = {}
+    """Components whose artifact computes one tile."""
     pictures: Path
     """Folder for the pictures that the compiled loop draws: `<index of the trajectory>.png`."""
     measure: bool = True
@@ -162,7 +169,7 @@ def work(job: VerifyJob) -> Verified:
     stored = job.reference
     reference = stored.restored()
     backend = get_backend(job.backend)
-    executables = load_executables(backend, job.artifacts, reference.signatures)
+    executables = load_executables(backend, job.artifacts, reference.signatures, job.tilings)
     job.pictures.mkdir(parents=True, exist_ok=True)
     drawn: list[Trajectory] = []
 
@@ -184,7 +191,8 @@ def work(job: VerifyJob) -> Verified:
         on_picture=keep,
     )
     running = {name: one for name, one in executables.items() if not isinstance(one, Unavailable)}
-    parity = with_second_opinions(parity, backend, job.artifacts, running, reference, job.accumulate)
+    whole = {name: path for name, path in job.artifacts.items() if name not in job.tilings and path.suffix != SUFFIX}
+    parity = with_second_opinions(parity, backend, whole, running, reference, job.accumulate)
     for one in running.values():
         one.close()
     measured = None
@@ -196,6 +204,7 @@ def work(job: VerifyJob) -> Verified:
             reference.signatures,
             reference.one_picture(),
             seconds_per_component=5.0,
+            tilings=job.tilings,
             picture=None if first is None else lambda loaded: compiled_run(reference, first, loaded),
             picture_steps=None if first is None else len(first.steps),
         )

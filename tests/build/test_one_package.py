@@ -76,7 +76,7 @@ def killed(tiny, tmp_path_factory):
     ]
     cache = Cache(folder / "cache")
     (folder / "logs").mkdir()
-    lowered = lower_all(jobs, tiny, Graphs(), cache, folder / "logs", lambda job: None)
+    lowered = lower_all(jobs, Graphs(), cache, folder / "logs", lambda job: None)
     ended: list[int] = []
     watcher = threading.Thread(target=kill_our_joiner, args=(ended, time.monotonic() + 120))
     watcher.start()

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import edgegen
+from edgegen.bundle.backends import choose_backend
 from edgegen.bundle.manifest import Manifest
 from edgegen.bundle.noise import normal
 from edgegen.bundle.open import open_bundle
-from edgegen.bundle.run import Runtime, choose_backend, generate
+from edgegen.bundle.run import Runtime, generate
 from edgegen.bundle.write import write_bundle
 from edgegen.errors import EdgegenError, GateError, UsageError
 from edgegen.lower import requirements
@@ -43,8 +44,8 @@ def test_draws_what_the_student_draws(tiny, runtime, steps, seed):
 
     drawn = runtime.generate(PROMPT, seed, steps)
     context = tiny.components["text_encoder"].module(tiny.tokenize([PROMPT]))
-    records = list(denoise(tiny, context, [seed], steps))
-    assert np.array_equal(drawn.input_ids, tiny.tokenize([PROMPT]).numpy())
+    records = list(denoise(tiny, {"context": context}, [seed], steps))
+    assert np.array_equal(drawn.given, tiny.tokenize([PROMPT]).numpy())
     assert np.array_equal(drawn.noise, normal(seed, 0, (1, 4, 8, 8)))
     for mine, record in zip(drawn.latents, records, strict=True):
         np.testing.assert_allclose(mine, record.latent_out.numpy(), rtol=1e-4, atol=1e-3)

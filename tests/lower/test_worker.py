@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -221,3 +222,16 @@ def test_child_ends_with_its_parent(tmp_path, number):
         assert not list(out.glob(".edgegen*"))
     else:
         os.kill(int((out / "below").read_text()), signal.SIGKILL)  # ours to end: nobody else is left
+
+
+def test_graphs_are_handed_over_by_several_threads_at_once(tmp_path):
+    """torch's writer registers a reducer for the whole process and refuses to find another thread's."""
+    from edgegen.lower.worker import _save
+
+    layers = [torch.nn.Linear(32, 32) for _ in range(20)]
+    program = torch.export.export(torch.nn.Sequential(*layers).eval(), (torch.randn(1, 32),))
+    with ThreadPoolExecutor(6) as pool:
+        paths = [str(tmp_path / f"{place}.pt2") for place in range(12)]
+        for done in [pool.submit(_save, program, path, "a backend") for path in paths]:
+            done.result()
+    assert all(Path(path).stat().st_size for path in paths)

@@ -1,12 +1,14 @@
 """The plan that is taken in the end: held against measurements that the estimates did not foresee."""
 
 import math
+import re
 
 import pytest
 
-from edgegen.errors import GateError
-from edgegen.precision.budget import Budget, Measured, psnr, refused, settle, within
+from edgegen.precision.budget import Budget, Measured, psnr, within
 from edgegen.precision.choose import InfeasibleError, Item, Option, Problem, choose
+from edgegen.precision.refusal import refused
+from edgegen.precision.settle import MissedError, settle
 
 
 def whole():
@@ -67,13 +69,42 @@ def test_how_prompts_are_heard_is_kept_too():
 
 def test_what_is_never_measured_to_hold_is_an_error_with_the_nearest():
     budget = Budget(psnr=30.0, conditioning=0.05)
+    asked = within(whole(), budget, ["onnx"])
 
     def broken(choice):
         return Measured(21.5, 0.3)
 
-    with pytest.raises(GateError, match=r"nearest is measured at 21\.5 dB, conditioning changed by 30\.0%") as caught:
-        settle(within(whole(), budget, ["onnx"]), budget, broken)
-    assert "`--min-psnr 21`" in caught.value.hint
+    with pytest.raises(MissedError) as caught:
+        settle(asked, budget, broken)
+    said = refused(caught.value, asked, budget, broken)
+    assert said.exit_code == 3
+    assert "the nearest is measured at 21.5 dB, conditioning changed by 30.0%" in said.message
+    assert "conditioning within 0.05 binds: 30.00% are sure" in said.message
+    assert "`--min-psnr 21.5 --max-conditioning 0.3`" in said.hint
+
+
+def test_other_prompts_decide_and_not_the_measured_ones():
+    """What is measured would do everywhere; the bound of unseen prompts is four times as far."""
+    budget = Budget(psnr=10.0, conditioning=0.02)
+
+    def measure(choice):
+        worst = math.sqrt(choice.totals["conditioning"]) / 4
+        return Measured(40.0, worst, conditioning_most=4 * worst, pairs=9)
+
+    _, found = settle(within(whole(), budget, ["onnx"]), budget, measure)
+    assert 0.01 < found.conditioning_most <= 0.02 and found.conditioning <= 0.005
+    assert re.search(r"conditioning changed by 0\.[0-9]% \(<= [12]\.[0-9]%\)", found.said())
+
+
+def test_room_that_is_left_is_used():
+    """A first guess that hears ten times better than it has to is not the last."""
+    budget = Budget(psnr=10.0, conditioning=0.02)
+
+    def measure(choice):
+        return Measured(psnr(choice.totals["picture"]), math.sqrt(choice.totals["conditioning"]) / 10)
+
+    _, found = settle(within(whole(), budget, ["onnx"]), budget, measure)
+    assert 0.01 < found.conditioning <= 0.02
 
 
 def test_a_cap_alone_is_measured_once():
@@ -89,11 +120,16 @@ def test_an_infeasible_budget_in_words():
     asked = within(whole(), budget, ["onnx"])
     with pytest.raises(InfeasibleError) as caught:
         choose(asked)
-    said = refused(caught.value, asked)
+    measure = measuring(2.0)
+    said = refused(caught.value, asked, budget, measure)
     assert "latency onnx <= 0.5000 of fp32 binds: with the others kept, the best is latency onnx 0.7083" in said.message
     assert "PSNR >= 34.00 dB binds: with the others kept, the best is PSNR 2" in said.message
-    share = float(said.hint.removeprefix("`--max-latency ").rstrip("`"))
-    assert choose(within(whole(), Budget(latency={"onnx": share}, psnr=34.0), ["onnx"]))
+    share = float(re.search(r"`--max-latency ([\d.]+)`", said.hint)[1])
+    assert share > 0.7083  # pictures are worse than estimated, and the hint is what was measured
+    typed = Budget(latency={"onnx": share}, psnr=34.0)
+    assert settle(within(whole(), typed, ["onnx"]), typed, measure)[1].psnr >= 34.0
+    softer = Budget(latency={"onnx": 0.5}, psnr=float(re.search(r"`--min-psnr ([\d.]+)`", said.hint)[1]))
+    assert settle(within(whole(), softer, ["onnx"]), softer, measure)[1].psnr >= softer.psnr
 
 
 def test_no_loss_at_all_has_decibels_that_json_can_say():

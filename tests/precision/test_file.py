@@ -107,7 +107,8 @@ CHANGES = [
     ("weights = 864", "weights = true", ".weights: input should be a valid integer"),
     ("group = 8", "group = -8", ".group: input should be greater"),
     ('student = "toy"', "", ":student: is missing"),
-    ("schema_version = 1", "schema_version = 2", ":schema_version: input should be 1"),
+    ("schema_version = 2", "schema_version = 1", ":schema_version: 1 is of an earlier edgegen"),
+    ("schema_version = 2", "schema_version = 3", ":schema_version: input should be 2"),
     ('float_precision = "fp32"', 'float_precision = "w8"', ".float_precision: input should be"),
     ('form = "palette"', 'form = "affine"\noutput = 3', ".output: "),
 ]

@@ -14,7 +14,7 @@ from edgegen.precision.planner import make_plan, read_plan, write_planned
 from edgegen.precision.repair.tensors import apply, load, tensors_of
 from edgegen.targets import load_target
 
-QUICK = {"samples": 2, "projections": 1, "confirmed": 1, "spread": 2}
+QUICK = {"samples": 2, "judged": 6, "projections": 1, "confirmed": 1, "spread": 2}
 
 
 class Lines:
@@ -79,9 +79,11 @@ def test_each_says_what_it_did_or_why_it_did_nothing(planned):
 
 def test_the_predicted_picture_is_that_of_the_two_files(planned, written, tiny, tiny_programs):
     """Measured again on what was written; and each component is that near as the graphs that builds read it into."""
+    from edgegen.graph.count import count
     from edgegen.graph.evaluate import evaluate
     from edgegen.precision.budget import psnr
-    from edgegen.precision.pictures import Pictures, Sample
+    from edgegen.precision.panel import panel
+    from edgegen.precision.pictures import Pictures
     from edgegen.precision.prompts import prompts_for
     from edgegen.precision.reference import fake_quantized
     from edgegen.precision.simulate import Drawing, Network
@@ -96,14 +98,14 @@ def test_the_predicted_picture_is_that_of_the_two_files(planned, written, tiny, 
     networks = {name: Network(name, one, sites(one)) for name, one in tiny_programs.items()}
     drawing = Drawing(tiny, Mended(tensors).networks(networks), plan.sampler)
     default = tiny.config.sampler.default_steps
-    counts = [default] * QUICK["samples"] + [one for one in sorted(tiny.config.sampler.times) if one != default]
-    ids = [tiny.tokenize([one]) for one in prompts_for(tiny)[-QUICK["samples"] - 1 :]]
-    samples = tuple(
-        Sample(ids[i % len(ids)], PlanOptions().seed + i, ids[(i + 1) % len(ids)], steps)
-        for i, steps in enumerate(counts)
-    )
+    others = [one for one in sorted(tiny.config.sampler.times) if one != default]
+    ids = torch.cat([tiny.tokenize([one]) for one in prompts_for(tiny)[-QUICK["judged"] - 1 :]])
+    macs = {name: count(one.program).macs for name, one in networks.items()}
+    judges = panel(tiny, ids, default, others, macs, PlanOptions().seed, QUICK["judged"])
     ops = {name: part.ops for name, part in plan.components.items()}
-    found = psnr(Pictures(drawing, samples, truth=Drawing(tiny, networks)).worst(ops))
+    judged = Pictures(drawing, (), truth=Drawing(tiny, networks), panel=judges).judged(ops)
+    assert judged.conditioning == pytest.approx(plan.predicted["conditioning_change"], rel=0.01)
+    found = psnr(judged.psnr_loss)
     assert found == pytest.approx(plan.predicted["picture_psnr_db"], abs=0.01)
 
     torch.manual_seed(0)

@@ -51,6 +51,17 @@ class Alias(nn.Module):
         return (x + 1).clone()
 
 
+class Squeezes(nn.Module):
+    """Only the first has something to take away; ONNX refuses the other two."""
+
+    def forward(self, x):
+        return (x.squeeze(1) + 1).squeeze(1).squeeze((0, 1))
+
+
+def test_a_squeeze_of_what_is_not_one_is_an_identity(check_pass):
+    check_pass(RemoveIdentities(), Squeezes(), torch.randn(2, 1, 8), after={"aten.squeeze": 1})
+
+
 def test_an_identity_may_feed_the_output(check_pass):
     check_pass(RemoveIdentities(), Alias(), torch.randn(3), after={"aten.clone": 0})
 

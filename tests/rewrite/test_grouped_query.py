@@ -59,6 +59,14 @@ def test_flagged_attention_is_folded(check_pass):
     check_pass(GroupedQuery("flag"), Flagged(), *heads(2), modified=False)
 
 
+@pytest.mark.parametrize(("shared", "groups", "joined"), [(1, 2, 2), (2, 2, 0)])
+def test_one_key_head_is_repeated_to_the_least_that_is_asked_for(check_pass, shared, groups, joined):
+    after = {**REPEATS, ATTENTION: 1, "aten.cat": joined}
+    result = check_pass(GroupedQuery(least=2), Repeats("interleave"), *heads(shared), after=after)
+    (node,) = [node for node in result.program.graph.nodes if "attention" in node.name]
+    assert tuple(node.meta["val"].shape) == (2, groups, 4 // groups * 5, 7)
+
+
 @pytest.mark.parametrize("shape", [(5, 6), (1, 1, 1, 6), (2, 4, 5, 6), (1, 6)])
 def test_masks_follow_the_fold(check_pass, shape):
     check_pass(GroupedQuery(), Repeats("interleave", torch.randn(shape)), *heads(2))

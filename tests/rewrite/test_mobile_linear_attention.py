@@ -146,3 +146,21 @@ def test_declines_by_shape(check_pass):
     few = tuple(torch.rand(1, 2, 16, 3) for _ in range(3))
     result = check_pass(MobileLinearAttention(), Run(FORMS["scores first"]), *few, modified=False)
     assert "as scores" in result.declined[0].reason
+
+
+@pytest.mark.parametrize("total", ["sum", "product"])
+def test_three_axes_are_multiplied_by_bmm(check_pass, qkv, total):
+    def form(q, k, v):
+        out = torch.bmm(torch.bmm(F.pad(v, (0, 0, 0, 1), value=1.0), k.relu().transpose(1, 2)), q.relu())
+        return out[:, :-1] / (out[:, -1:] + 1e-8)
+
+    product = total == "product"
+    after = {"aten.matmul": 0, "aten.bmm": 3 + product, "aten.sum": 1 - product, "aten.pad": 0}
+    one = MobileLinearAttention(total=total)
+    check_pass(one, Run(form), *(part[0] for part in qkv), before={"aten.bmm": 2}, after=after)
+
+
+def test_sum_by_product_of_four_axes(check_pass, qkv):
+    check_pass(
+        MobileLinearAttention(total="product"), Run(channels_first), *qkv, after={"aten.matmul": 4, "aten.sum": 0}
+    )

@@ -32,6 +32,7 @@ OPTIONS = {
     "conv3d-to-conv2d": ("", '{form="taps"}'),
     "linear-to-conv1x1": ("", '{where="everywhere"}'),
     "merge-rearrangements": ("", "{images=true}"),
+    "mobile-linear-attention": ("", '{total="product"}'),
     "pixel-shuffle-form": ("", '{form="call"}', '{form="conv"}'),
     "sink-transposes": ("", "{images=true}"),
     "specialise-timestep": (f"{{values=[{TIMESTEP}]}}",),
@@ -224,6 +225,8 @@ def repeated_cat(net, x, seen, t):
 
 
 def rms_norm(net, x, seen, t):
+    if x.dim() == 4:
+        return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 0.1) * net.weight(x.shape[1], 1, 1)
     return F.rms_norm(x, (x.shape[-1],), net.weight(x.shape[-1]))
 
 

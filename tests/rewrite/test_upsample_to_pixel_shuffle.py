@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from edgegen.graph.edit import weights
+from edgegen.rewrite.base import census
 from edgegen.rewrite.upsample_to_pixel_shuffle import UpsampleToPixelShuffle, phase_kernel
 
 FORMS = ["pixel-shuffle", "permute"]
@@ -61,3 +63,26 @@ def test_every_border_pixel_is_exact(size):
 def test_declines(check_pass, module, reason):
     result = check_pass(UpsampleToPixelShuffle(), module, torch.randn(1, 4, 3, 5), modified=False)
     assert reason in result.declined[0].reason
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_it_wrote_in_one_form_it_brings_to_the_other_with_the_same_codes(check_pass, bias):
+    module, x = Between(bias), torch.randn(1, 4, 4, 2)
+    shuffled = check_pass(UpsampleToPixelShuffle(), module, x, after={**GONE, "aten.pixel_shuffle": 1}).program
+    turned = check_pass(UpsampleToPixelShuffle("permute"), shuffled, x, after={"aten.pixel_shuffle": 0}).program
+    alone = check_pass(UpsampleToPixelShuffle("permute"), module, x).program
+    assert census(turned) == census(alone)
+
+    def kernels(program):
+        found = [value for value in weights(program).values() if value.dim() == 4 and value.shape[0] == 24]
+        return [sorted(map(tuple, one.flatten(1).tolist())) for one in found]
+
+    assert kernels(turned) == kernels(shuffled) == kernels(alone)
+
+
+def test_a_pixel_shuffle_of_the_model_stays(check_pass):
+    module = nn.Sequential(nn.Conv2d(4, 24, 2, padding=1), nn.PixelShuffle(2))
+    (declined,) = check_pass(
+        UpsampleToPixelShuffle("permute"), module, torch.randn(1, 4, 3, 3), modified=False
+    ).declined
+    assert declined.op == "aten.pixel_shuffle" and "in the model" in declined.reason

@@ -11,7 +11,7 @@ import torch
 from edgegen.errors import EdgegenError
 from edgegen.students.load import load
 from edgegen.students.networks.unet import UNet
-from edgegen.students.schedulers import sampler_from
+from edgegen.students.schedulers import FlowSpacing, sampler_from
 from edgegen.students.shapes.family import WEIGHTS
 from edgegen.students.student import Component, Student
 
@@ -197,17 +197,18 @@ def test_a_missing_tokenizer_is_told_how_to_be_made(folder):
 @pytest.mark.parametrize(
     ("file", "change", "key"),
     [
-        ("unet", {"mid_block_type": "UNetMidBlock2DCrossAttn"}, "mid_block_type"),
-        ("unet", {"flip_sin_to_cos": False}, "flip_sin_to_cos"),
-        ("unet", {"transformer_layers_per_block": 2}, "transformer_layers_per_block"),
-        ("unet", {"attention_head_dim": [4, 8, 16]}, "attention_head_dim"),
+        ("unet", {"mid_block_type": "UNetMidBlock2DCrossAttn"}, "mid_block"),
+        ("unet", {"transformer_layers_per_block": 2}, "transformer_blocks.1"),
+        ("unet", {"layers_per_block": 100000}, "layers_per_block"),
+        ("unet", {"class_embed_type": "timestep"}, "class_embed_type"),
+        ("unet", {"addition_embed_type": "image"}, "addition_embed_type"),
+        ("unet", {"act_fn": "os.system"}, "os.system"),
         ("unet", {"down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]}, "down_block_types"),
         ("unet", {"up_block_types": ["UpBlock2D", "UpBlock2D", "UpBlock2D"]}, "up_block_types"),
-        ("unet", {"norm_eps": 1e-6}, "norm_eps"),
         ("unet", {"a_new_setting": 1}, "a_new_setting"),
         ("unet", {"block_out_channels": [32, 96, 128]}, "conv_in"),
-        ("vae", {"act_fn": "silu"}, "act_fn"),
-        ("vae", {"decoder_block_out_channels": [48, 48, 64]}, "decoder_block_out_channels"),
+        ("vae", {"act_fn": "os.system"}, "act_fn"),
+        ("vae", {"decoder_block_out_channels": [48, 48, 64]}, "decoder"),
         ("vae", {"upsampling_scaling_factor": 4}, "upsampling_scaling_factor"),
         ("vae", {"scaling_factor": 0}, "scaling_factor"),
         ("text_encoder", {"hidden_act": "relu"}, "hidden_act"),
@@ -220,10 +221,38 @@ def test_what_cannot_be_represented_is_named(folder, file, change, key):
     assert key in refusal(folder).message
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("file", "change", "component", "architecture"),
+    [
+        ("unet", {"flip_sin_to_cos": False}, "denoiser", "diffusers_unet"),
+        ("unet", {"norm_eps": 0.1}, "denoiser", "diffusers_unet"),
+        ("unet", {"attention_head_dim": [4, 8, 16]}, "denoiser", "diffusers_unet"),
+        ("vae", {"act_fn": "silu"}, "decoder", "diffusers_decoder"),
+    ],
+)
+def test_what_our_own_networks_have_not_is_diffusers_class(folder, theirs, file, change, component, architecture):
+    edit(folder / file / "config.json", **change)
+    read = load(folder)
+    assert read.config.components[component].architecture == architecture
+    kind = diffusers.UNet2DConditionModel if file == "unet" else diffusers.AutoencoderTiny
+    wanted = kind(**{**(configs.UNET if file == "unet" else configs.VAE), **change}).eval()
+    wanted.load_state_dict(theirs[file].state_dict())
+    latent, context = torch.randn(1, 4, 16, 16), torch.randn(1, 16, 128)
+    if file == "unet":
+        found = read.components["denoiser"].module(latent, torch.tensor([500.0]), context)
+        truth, before = (one(latent, torch.tensor([500.0]), context).sample for one in (wanted, theirs["unet"]))
+    else:
+        found = read.components["decoder"].module(latent)
+        truth, before = (one.decode(latent).sample for one in (wanted, theirs["vae"]))
+    torch.testing.assert_close(found, truth, atol=TOLERANCE, rtol=0)
+    assert (truth - before).abs().max() > 10 * TOLERANCE, "a setting that changes nothing proves nothing"
+
+
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        ({"vae": ["diffusers", "AutoencoderKL"]}, "AutoencoderKL"),
+        ({"vae": ["diffusers", "AutoencoderOobleck"]}, "AutoencoderOobleck"),
         ({"unet": ["os", "system"]}, "system"),
         ({"_class_name": "FluxPipeline"}, "FluxPipeline"),
         ({"text_encoder_2": ["transformers", "T5EncoderModel"]}, "T5EncoderModel"),
@@ -253,7 +282,9 @@ def sample_theirs(scheduler, steps, model):
     generator = torch.Generator().manual_seed(7)
     for t in scheduler.timesteps:
         given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        extra = {"generator": generator} if isinstance(scheduler, diffusers.LCMScheduler) else {}
+        noisy = (diffusers.LCMScheduler, diffusers.EulerAncestralDiscreteScheduler)
+        extra = {"generator": generator} if isinstance(scheduler, noisy) else {}
+        extra |= {"eta": 0.0} if isinstance(scheduler, diffusers.TCDScheduler) else {}
         x = scheduler.step(model(given, float(t)), t, x, **extra).prev_sample
     return x
 
@@ -285,6 +316,9 @@ def network(x, t):
         diffusers.EulerDiscreteScheduler(**VP, timestep_spacing="trailing"),
         diffusers.EulerDiscreteScheduler(**VP, timestep_spacing="leading", steps_offset=1),
         diffusers.EulerDiscreteScheduler(**VP, timestep_spacing="linspace", prediction_type="v_prediction"),
+        diffusers.EulerAncestralDiscreteScheduler(**VP, timestep_spacing="trailing"),
+        diffusers.EulerAncestralDiscreteScheduler(**VP, timestep_spacing="leading", steps_offset=1),
+        diffusers.TCDScheduler(**VP),
         diffusers.DEISMultistepScheduler(**VP),
         diffusers.DEISMultistepScheduler(**VP, solver_order=1),
         diffusers.DEISMultistepScheduler(**VP, solver_order=1, timestep_spacing="leading", steps_offset=1),
@@ -302,6 +336,41 @@ def test_samplers_agree_with_diffusers(scheduler):
         found = sample_ours(sampler.table(steps), network)
         assert wanted.std() > 0.1
         torch.testing.assert_close(found, wanted.double(), atol=2e-3, rtol=2e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_scm_is_what_the_sana_sprint_pipeline_does(steps):
+    """Its pipeline turns latents, time and prediction around the scheduler, and ends at the denoised latent."""
+    scheduler = diffusers.SCMScheduler(sigma_data=0.5)
+    scheduler.set_timesteps(steps, intermediate_timesteps=1.3 if steps == 2 else None)
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents, generator = start * 0.5, torch.Generator().manual_seed(7)
+    for t in scheduler.timesteps[:-1]:
+        time = torch.sin(t) / (torch.cos(t) + torch.sin(t))
+        size = torch.sqrt(time**2 + (1 - time) ** 2)
+        given = latents / 0.5 * size
+        said = network(given, 1000 * float(time))
+        said = ((1 - 2 * time) * given + (1 - 2 * time + 2 * time**2) * said) / size * 0.5
+        latents, denoised = scheduler.step(said, t, latents, generator=generator, return_dict=False)
+    sampler = sampler_from(json.loads(scheduler.to_json_string()), "scheduler_config.json")
+    x, generator = start, torch.Generator().manual_seed(7)
+    for step in sampler.table(steps):
+        x = step.sample * x + step.prediction * network(step.input_scale * x, 1000 * step.timestep)
+        x = x + step.noise * torch.randn(x.shape, generator=generator)
+    torch.testing.assert_close(x, denoised / 0.5, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_a_shift_that_depends_on_the_size_is_folded(kind):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    config = json.loads(scheduler.to_json_string())
+    mu = 0.5 + (1.15 - 0.5) / (4096 - 256) * (1024 - 256)
+    for even in (False, True):
+        sampler = sampler_from(config, "scheduler_config.json", FlowSpacing(even, 1024))
+        for steps, times in sampler.times.items():
+            given = {"sigmas": [1 - i / steps for i in range(steps)]} if even else {"num_inference_steps": steps}
+            scheduler.set_timesteps(**given, mu=mu)
+            torch.testing.assert_close(torch.tensor(times), scheduler.sigmas[:-1], atol=1e-6, rtol=1e-5)
 
 
 def test_sdxs_ends_at_the_first_alpha_bar():
@@ -325,7 +394,7 @@ def test_sdxs_ends_at_the_first_alpha_bar():
         ({"_class_name": "DDIMScheduler", "clip_sample": False, "beta_schedule": "squaredcos_cap_v2"}, "fit"),
         ({"_class_name": "DDIMScheduler", "clip_sample": False, "num_train_timesteps": "many"}, "many"),
         ({"_class_name": "DPMSolverMultistepScheduler"}, "DPMSolverMultistepScheduler"),
-        ({"_class_name": "EulerAncestralDiscreteScheduler"}, "EulerAncestralDiscreteScheduler"),
+        ({"_class_name": "UniPCMultistepScheduler"}, "UniPCMultistepScheduler"),
         ({}, "None"),
     ],
 )

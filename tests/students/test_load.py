@@ -258,7 +258,7 @@ def test_an_optimizer_checkpoint_with_numpy_inside_is_refused(tmp_path):
         (lambda p: p["config"]["components"]["decoder"]["config"].update(width=10**4), "expected"),
         (lambda p: p["config"]["components"]["decoder"].update(architecture="os.system"), "os.system"),
         (lambda p: p["config"]["components"]["decoder"]["outputs"][0].update(shape=[1, 3, 8, 8]), "gives"),
-        (lambda p: p["config"]["components"]["decoder"]["inputs"][0].update(shape=[1, 3, 16, 16]), "inputs"),
+        (lambda p: p["config"]["components"]["decoder"]["inputs"][0].update(shape=[1, 3, 16, 16]), "not the latent"),
         (lambda p: p["config"]["components"].pop("decoder"), "components"),
     ],
 )

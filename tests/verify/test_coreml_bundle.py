@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from edgegen.bundle.backends import choose_backend
 from edgegen.bundle.open import open_bundle
-from edgegen.bundle.run import Runtime, choose_backend
+from edgegen.bundle.run import Runtime
 from edgegen.cli.main import main
 from edgegen.errors import EdgegenError, UsageError
 from edgegen.lower.backend import get_backend

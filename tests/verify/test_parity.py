@@ -85,7 +85,7 @@ def test_an_artifact_that_ignores_the_prompt_is_caught_by_sensitivity(shapes, sh
 def test_an_artifact_with_one_fixed_context_fails_though_that_prompt_is_perfect(shapes, shapes_reference, perfect):
     """A single prompt, measured by SQNR and PSNR alone, would call it perfect."""
     first = shapes_reference.trajectories[0]
-    frozen = Prepared(perfect["denoiser"], lambda inputs: {**inputs, "context": first.context})
+    frozen = Prepared(perfect["denoiser"], lambda inputs: {**inputs, "context": first.conditioning["context"]})
     single = [p for p in judge(shapes_reference, {**perfect, "denoiser": frozen}).pictures if p.prompt == first.prompt]
     assert single and all(picture.psnr_db > 100 for picture in single)
     report = judge(shapes_reference, {**perfect, "denoiser": frozen})
@@ -93,7 +93,7 @@ def test_an_artifact_with_one_fixed_context_fails_though_that_prompt_is_perfect(
 
 
 def test_a_text_encoder_that_ignores_the_prompt_is_caught(shapes, shapes_reference, perfect):
-    ids = shapes_reference.trajectories[0].input_ids
+    ids = shapes_reference.trajectories[0].given
     frozen = Prepared(perfect["text_encoder"], lambda inputs: {"input_ids": ids})
     report = judge(shapes_reference, {**perfect, "text_encoder": frozen})
     assert gates_failed(report) >= {"sqnr", "sensitivity"}
@@ -135,8 +135,8 @@ def test_prompts_swapped_inside_the_denoiser_are_caught_by_the_direction(shapes,
     other = next(t for t in shapes_reference.trajectories if t.prompt == pair.prompt_b)
 
     def swap(inputs):
-        is_a = np.allclose(inputs["context"], first.context, atol=1e-4)
-        return {**inputs, "context": other.context if is_a else first.context}
+        is_a = np.allclose(inputs["context"], first.conditioning["context"], atol=1e-4)
+        return {**inputs, "context": other.conditioning["context"] if is_a else first.conditioning["context"]}
 
     report = judge(shapes_reference, {**perfect, "denoiser": Prepared(perfect["denoiser"], swap)})
     steps = [s for s in report.sensitivity if (s.prompt_a, s.prompt_b) == (first.prompt, pair.prompt_b)]

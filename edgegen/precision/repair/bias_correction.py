@@ -15,10 +15,10 @@ from torch.export import ExportedProgram
 from torch.fx import Interpreter, Node
 
 from edgegen.graph.edit import Editor, module_path, user_inputs, weights
+from edgegen.precision.arithmetic import fake_quantized
 from edgegen.precision.encode import encode_weight
 from edgegen.precision.plan import COMPRESSED, OpPlan
 from edgegen.precision.repair.tensors import Repaired, RepairRecord, Samples, Tensors, apply, mean, quantized_db
-from edgegen.precision.simulate import fake_quantized
 from edgegen.precision.sites import LINEAR, channel_axis
 
 

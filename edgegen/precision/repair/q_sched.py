@@ -24,7 +24,8 @@ from edgegen.students.student import Student
 from edgegen.verify.metrics import sqnr_db
 
 Denoiser = Callable[[Tensor, SamplerStep, Tensor], Tensor]
-"""(model input [1, C, H, W], step, context [1, L, D]) -> prediction [1, C, H, W]."""
+"""(model input, shaped as the latent; step; what it is asked for, as `edgegen.precision.conditioning` packs it) ->
+prediction, shaped as the latent."""
 Factors = tuple[tuple[float, float], ...]
 RIDGE = 1e-4
 """Pull of each factor towards 1, as a share of what it multiplies: two values that nearly go together leave one of the
@@ -55,7 +56,7 @@ def learn(
     seed: int = 0,
     held_out: int = 0,
 ) -> QSched:
-    """Factors for `steps` steps, learned on `contexts` (text encodings [1, L, D]; prompt i from seed `seed` + i).
+    """Factors for `steps` steps, learned on `contexts` (encodings, [1, ...]; prompt i from seed `seed` + i).
 
     The last `held_out` (a quarter, where 0) are judged on and not learned from. `quantized_contexts` are what the
     quantized text encoder makes of the same prompts. UsageError for fewer than four prompts; EdgegenError when a

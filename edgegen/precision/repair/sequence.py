@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from edgegen.graph.capture import signature
 from edgegen.graph.evaluate import evaluate
+from edgegen.precision.conditioning import asked, pack
 from edgegen.precision.plan import ComponentPlan, OpPlan
 from edgegen.precision.quantize import quantized
 from edgegen.precision.repair.bias_correction import correct_biases
@@ -54,14 +55,14 @@ def learn_schedule(
     """Q-Sched of `student` as `plans` compute the graphs `repaired`, against the float graphs `programs`; components
     without a plan, or whose plan compresses nothing, stay float. Errors are those of `learn`."""
     made = {name: _computed(repaired.get(name, program), plans.get(name)) for name, program in programs.items()}
-    ids = [student.tokenize([prompt]) for prompt in prompts]
+    ids, encoder = [student.given([prompt]) for prompt in prompts], student.conditioning.name
     return learn(
         student,
-        _denoiser(programs["denoiser"]),
-        _denoiser(made["denoiser"]),
-        [_encoded(programs["text_encoder"], one) for one in ids],
+        _denoiser(student, programs["denoiser"]),
+        _denoiser(student, made["denoiser"]),
+        [_encoded(programs[encoder], one) for one in ids],
         steps,
-        quantized_contexts=[_encoded(made["text_encoder"], one) for one in ids],
+        quantized_contexts=[_encoded(made[encoder], one) for one in ids],
         seed=seed,
     )
 
@@ -75,12 +76,12 @@ def _computed(program: ExportedProgram, plan: ComponentPlan | None) -> ExportedP
     return program if plan is None or not plan.compressed else quantized(program, _ops(program, plan))
 
 
-def _denoiser(program: ExportedProgram) -> Denoiser:
-    """Latent, context, and what tells it the step where that is not folded in."""
+def _denoiser(student: Student, program: ExportedProgram) -> Denoiser:
+    """Latent, what it is asked for, and what tells it the step where that is not folded in."""
     names = tuple(spec.name for spec in signature(program))
 
     def call(x: Tensor, step: SamplerStep, context: Tensor) -> Tensor:
-        given = {"latent": x, "context": context}
+        given = {"latent": x, **asked(student, context, names)}
         given |= {name: torch.from_numpy(value) for name, value in moment(step, names).items()}
         return evaluate(program, given)[0]
 
@@ -89,4 +90,4 @@ def _denoiser(program: ExportedProgram) -> Denoiser:
 
 def _encoded(program: ExportedProgram, ids: Tensor) -> Tensor:
     (name,) = (spec.name for spec in signature(program))
-    return evaluate(program, {name: ids})[0]
+    return pack(evaluate(program, {name: ids}))

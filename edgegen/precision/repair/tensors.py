@@ -19,6 +19,7 @@ from edgegen.graph.edit import Editor, weights
 from edgegen.graph.evaluate import evaluate
 from edgegen.precision.plan import OpPlan, PrecisionPlan
 from edgegen.precision.quantize import quantized
+from edgegen.precision.repair.stored import packed, unpacked
 from edgegen.verify.metrics import sqnr_db
 
 Samples = Sequence[Mapping[str, Tensor]]
@@ -80,7 +81,8 @@ def _set(editor: Editor, node: Node, place: int, value: Tensor, name: str) -> No
 
 
 def save(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write `tensors` as safetensors, in the order of their names; gives the file's sha256."""
+    """Write `tensors` as safetensors, those on a grid as their codes (`edgegen.precision.repair.stored`); gives the
+    file's sha256."""
     content = serialised(tensors)
     path.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
@@ -90,7 +92,8 @@ def serialised(tensors: Mapping[str, Tensor]) -> bytes:
     """What `save` writes."""
     from safetensors.torch import save as serialise
 
-    return bytes(serialise({name: tensors[name].detach().contiguous() for name in sorted(tensors)}))
+    made = packed({name: tensors[name].detach().contiguous() for name in sorted(tensors)})
+    return bytes(serialise({name: made[name] for name in sorted(made)}))
 
 
 def tensors_of(path: Path, plan: PrecisionPlan) -> Path | None:
@@ -116,13 +119,22 @@ def content(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def load(path: Path, sha256: str) -> Tensors:
-    """What `save` wrote; EdgegenError when the file is not the one that the plan names."""
+    """What `save` was given; EdgegenError when the file is not the one that the plan names."""
     from safetensors.torch import load as deserialise
 
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise EdgegenError(f"`{path.name}` is not the file that the plan was made with", hint=_AGAIN)
-    return dict(deserialise(content))
+    return unpacked(deserialise(content))
+
+
+def by_component(tensors: Mapping[str, Tensor]) -> dict[str, Tensors]:
+    """`component/call:place` of a plan's file as `call:place` of each component."""
+    found: dict[str, Tensors] = {}
+    for name, tensor in tensors.items():
+        component, _, rest = name.partition("/")
+        found.setdefault(component, {})[rest] = tensor
+    return found
 
 
 def quality_db(reference: ExportedProgram, program: ExportedProgram, samples: Samples) -> float:

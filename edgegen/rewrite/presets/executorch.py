@@ -7,13 +7,16 @@ SDXS-512's size the transposed convolution is slower than leaving the upsampling
 from __future__ import annotations
 
 from edgegen.rewrite.base import Pass
+from edgegen.rewrite.channel_mean_to_conv import ChannelMeanToConv
 from edgegen.rewrite.explicit_attention import ExplicitAttention
 from edgegen.rewrite.explicit_group_norm import ExplicitGroupNorm
 from edgegen.rewrite.explicit_layer_norm import ExplicitLayerNorm
 from edgegen.rewrite.explicit_rms_norm import ExplicitRmsNorm
 from edgegen.rewrite.fold_bias_add import FoldBiasAdd
 from edgegen.rewrite.fold_norm_affine import FoldNormAffine
+from edgegen.rewrite.grouped_query import GroupedQuery
 from edgegen.rewrite.merge_repeated_cat import MergeRepeatedCat
+from edgegen.rewrite.mobile_linear_attention import MobileLinearAttention
 from edgegen.rewrite.split_chunked_linear import SplitChunkedLinear
 from edgegen.rewrite.upsample_to_pixel_shuffle import UpsampleToPixelShuffle
 
@@ -23,11 +26,14 @@ def passes() -> tuple[Pass, ...]:
     return (
         MergeRepeatedCat(),
         SplitChunkedLinear(),
+        MobileLinearAttention(total="product"),
         FoldNormAffine(),
+        GroupedQuery(form="fold"),
         ExplicitAttention(rank=3),
         FoldBiasAdd(),
         ExplicitGroupNorm(form="grouped-conv"),
         ExplicitLayerNorm(form="linear-mean"),
         ExplicitRmsNorm(form="linear-mean"),
+        ChannelMeanToConv(),
         UpsampleToPixelShuffle(form="permute"),
     )

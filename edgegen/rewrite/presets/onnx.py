@@ -5,6 +5,7 @@ from __future__ import annotations
 from edgegen.rewrite.base import Pass
 from edgegen.rewrite.explicit_attention import ExplicitAttention
 from edgegen.rewrite.fold_bias_add import FoldBiasAdd
+from edgegen.rewrite.grouped_query import GroupedQuery
 from edgegen.rewrite.split_chunked_linear import SplitChunkedLinear
 from edgegen.rewrite.upsample_to_pixel_shuffle import UpsampleToPixelShuffle
 
@@ -13,6 +14,7 @@ def passes() -> tuple[Pass, ...]:
     """In order, after the canonical passes."""
     return (
         SplitChunkedLinear(),
+        GroupedQuery(form="fold"),
         ExplicitAttention(rank=3),
         FoldBiasAdd(),
         UpsampleToPixelShuffle(form="permute"),

@@ -15,6 +15,8 @@ from edgegen.rewrite.explicit_layer_norm import ExplicitLayerNorm
 from edgegen.rewrite.explicit_rms_norm import ExplicitRmsNorm
 from edgegen.rewrite.fold_bias_add import FoldBiasAdd
 from edgegen.rewrite.fold_norm_affine import FoldNormAffine
+from edgegen.rewrite.grouped_query import GroupedQuery
+from edgegen.rewrite.mobile_linear_attention import MobileLinearAttention
 from edgegen.rewrite.sink_transposes import SinkTransposes
 from edgegen.rewrite.split_chunked_linear import SplitChunkedLinear
 from edgegen.rewrite.upsample_to_pixel_shuffle import UpsampleToPixelShuffle
@@ -24,7 +26,9 @@ def passes() -> tuple[Pass, ...]:
     """In order, after the canonical passes."""
     return (
         SplitChunkedLinear(),
+        MobileLinearAttention(),
         FoldNormAffine(),
+        GroupedQuery(form="fold", least=2),
         ExplicitAttention(rank=3),
         FoldBiasAdd(),
         ExplicitGroupNorm(form="grouped-conv"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,13 @@ class UNetConfig(BaseModel):
     block_out_channels: tuple[int, ...] = (320, 640, 1280)
     cross_attention: tuple[bool, ...] = (False, True, True)
     layers_per_block: int = 1
-    num_heads: int = 8
+    num_heads: int | tuple[int, ...] = 8
+    """Of every level, or one number a level; diffusers calls it `attention_head_dim`."""
     cross_attention_dim: int = 768
+    only_cross_attention: tuple[bool, ...] = ()
+    """Levels whose self-attention reads the context too; empty: none."""
+    use_linear_projection: bool = False
+    """Projections around a transformer are linear layers, as in SD 2, not 1x1 convolutions; the arithmetic is equal."""
     norm_num_groups: int = 32
     coordinates: bool = False
     """Two constant input channels, x and y in -1..1, beside the latent (CoordConv, arXiv 1807.03247): a small network
@@ -113,10 +119,11 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, dim: int, context_dim: int, heads: int) -> None:
+    def __init__(self, dim: int, context_dim: int, heads: int, only_cross: bool = False) -> None:
         super().__init__()
+        self.only_cross = only_cross
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, dim, heads)
+        self.attn1 = Attention(dim, context_dim if only_cross else dim, heads)
         self.norm2 = nn.LayerNorm(dim)
         self.attn2 = Attention(dim, context_dim, heads)
         self.norm3 = nn.LayerNorm(dim)
@@ -124,28 +131,43 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm1(x)
-        x = x + self.attn1(h, h)
+        x = x + self.attn1(h, context if self.only_cross else h)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
-class SpatialTransformer(nn.Module):
-    """diffusers' `Transformer2DModel` with one block and 1x1 conv projections."""
+@dataclass(frozen=True)
+class TransformerShape:
+    """What the transformers of one level have in common."""
 
-    def __init__(self, channels: int, context_dim: int, heads: int, groups: int) -> None:
+    context_dim: int
+    heads: int
+    only_cross: bool
+    linear: bool
+
+
+class SpatialTransformer(nn.Module):
+    """diffusers' `Transformer2DModel` with one block."""
+
+    def __init__(self, channels: int, shape: TransformerShape, groups: int) -> None:
         super().__init__()
+        self.linear = shape.linear
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels) if shape.linear else nn.Conv2d(channels, channels, 1)
+        block = TransformerBlock(channels, shape.context_dim, shape.heads, shape.only_cross)
+        self.transformer_blocks = nn.ModuleList([block])
+        self.proj_out = nn.Linear(channels, channels) if shape.linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
+        h = self.norm(x)
+        h = self.proj_in(h.flatten(2).transpose(1, 2)) if self.linear else self.proj_in(h).flatten(2).transpose(1, 2)
         for block in self.transformer_blocks:
             h = block(h, context)
+        if self.linear:
+            h = self.proj_out(h)
         h = h.transpose(1, 2).reshape(batch, channels, height, width)
-        return x + self.proj_out(h)
+        return x + (h if self.linear else self.proj_out(h))
 
 
 class Downsample(nn.Module):
@@ -174,16 +196,13 @@ class Stage(nn.Module):
         resnet_channels: Sequence[tuple[int, int]],
         time_dim: int,
         groups: int,
-        attention: tuple[int, int] | None,
+        attention: TransformerShape | None,
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(i, o, time_dim, groups) for i, o in resnet_channels])
         self.attentions: nn.ModuleList | None = None
         if attention is not None:
-            context_dim, heads = attention
-            self.attentions = nn.ModuleList(
-                [SpatialTransformer(o, context_dim, heads, groups) for _, o in resnet_channels]
-            )
+            self.attentions = nn.ModuleList([SpatialTransformer(o, attention, groups) for _, o in resnet_channels])
         self.downsamplers: nn.ModuleList | None = None
         self.upsamplers: nn.ModuleList | None = None
 
@@ -214,8 +233,12 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels + extra, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], time_dim)
 
-        def attention(level: int) -> tuple[int, int] | None:
-            return (config.cross_attention_dim, config.num_heads) if config.cross_attention[level] else None
+        def attention(level: int) -> TransformerShape | None:
+            if not config.cross_attention[level]:
+                return None
+            heads = config.num_heads if isinstance(config.num_heads, int) else config.num_heads[level]
+            only_cross = config.only_cross_attention[level] if config.only_cross_attention else False
+            return TransformerShape(config.cross_attention_dim, heads, only_cross, config.use_linear_projection)
 
         skips, channels = [widths[0]], widths[0]
         self.down_blocks = nn.ModuleList()

@@ -1,0 +1,38 @@
+"""The options of every command that opens a student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--lora`, `--arch`, `--arch-config` and `--inputs`: what `edgegen.students.source.Source.of` reads."""
+    options = (
+        click.option(
+            "--lora",
+            multiple=True,
+            metavar="FILE[:SCALE]",
+            help="Merge these adapters (.safetensors; diffusers', kohya's or peft's names) into the weights.",
+        ),
+        click.option(
+            "--arch",
+            metavar="PACKAGE.MODULE:FACTORY",
+            help="The network is made by this function of your own, which is imported and run; MODEL is its weights.",
+        ),
+        click.option(
+            "--arch-config", type=click.Path(path_type=Path), metavar="FILE", help="JSON that FACTORY is called with."
+        ),
+        click.option(
+            "--inputs",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="An .npz with an array for each input: what a student without prompts is measured on.",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
