@@ -25,6 +25,7 @@ ENABLES = {
     "tflite": "`.tflite` for Android, boards and browsers: made and executed here",
     "onnx": "`.onnx` for Linux, Jetson and browsers: made and executed here",
     "diffusers": "students kept as a diffusers folder",
+    "video": "`.mp4` of students that draw videos; `.gif` and `.webp` need nothing",
     "devices": "libraries for adb and ssh; no command of this version uses them yet",
     "train": "training the `shapes` student again",
     "dev": "the test suite, type checks and lint",

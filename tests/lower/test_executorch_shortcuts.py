@@ -9,7 +9,7 @@ from torch import nn
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower import executorch as backend
 from edgegen.lower.backend import LowerRequest
-from edgegen.students.networks.unet import Stage
+from edgegen.students.networks.unet import Stage, TransformerShape
 
 pytest.importorskip("executorch.exir")
 
@@ -19,7 +19,7 @@ class Small(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stage = Stage([(8, 8)], 8, 4, (8, 2))
+        self.stage = Stage([(8, 8)], 8, 4, TransformerShape(8, 2))
         self.conv, self.line = nn.Conv2d(8, 8, 3), nn.Conv1d(4, 4, 3)
 
     def forward(self, x, time, context):

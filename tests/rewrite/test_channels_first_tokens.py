@@ -9,7 +9,7 @@ from edgegen.rewrite.base import census
 from edgegen.rewrite.channels_first_attention import ChannelsFirstAttention
 from edgegen.rewrite.channels_first_tokens import ChannelsFirstTokens
 from edgegen.students.networks.clip_text import ClipTextConfig, ClipTextEncoder
-from edgegen.students.networks.unet import SpatialTransformer
+from edgegen.students.networks.unet import SpatialTransformer, TransformerShape
 
 MOVES = ("aten.transpose", "aten.permute")
 
@@ -34,8 +34,8 @@ def moves(program):
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first = SpatialTransformer(8, 6, 2, 4)
-        self.second = SpatialTransformer(8, 6, 4, 4)
+        self.first = SpatialTransformer(8, TransformerShape(6, 2), 4)
+        self.second = SpatialTransformer(8, TransformerShape(6, 4), 4)
 
     def forward(self, x, context):
         return self.second(self.first(x, context), context)

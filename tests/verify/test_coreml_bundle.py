@@ -24,7 +24,7 @@ from edgegen.lower.backend import get_backend
 from edgegen.lower.coreml_execute import EVALUATOR, core_ml_is_here, open_program
 from edgegen.profile.host import profile
 from edgegen.students.checkpoint import save_pt
-from edgegen.students.sample import decoder_input, denoise
+from edgegen.students.sample import condition, decoder_input, denoise
 from edgegen.students.student import Student
 from edgegen.verify.bundle import stored_reference, verify_bundle
 from edgegen.verify.fixtures import restore
@@ -173,8 +173,8 @@ def test_run_draws_and_says_by_whom(bundle, student, tmp_path, capsys):
     assert f"drawn from `coreml` artifacts in 2 steps, executed by {EVALUATOR}" in said
     assert " ms" not in said
     pixels = np.asarray(Image.open(tmp_path / "a.png"), np.float32)
-    context = student.components["text_encoder"].module(student.tokenize(["a small red circle"]))
-    records = list(denoise(student, context, [4], 2))
+    heard = condition(student, student.given(["a small red circle"]))
+    records = list(denoise(student, heard, [4], 2))
     expected = student.components["decoder"].module(decoder_input(student, records[-1].latent_out))[0]
     expected = (expected.detach().numpy().clip(-1, 1).transpose(1, 2, 0) + 1) * 127.5
     assert np.abs(pixels - expected).max() < 12

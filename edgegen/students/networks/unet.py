@@ -142,8 +142,8 @@ class TransformerShape:
 
     context_dim: int
     heads: int
-    only_cross: bool
-    linear: bool
+    only_cross: bool = False
+    linear: bool = False
 
 
 class SpatialTransformer(nn.Module):

@@ -160,7 +160,7 @@ def pipeline(name, student):
     halves = [part.text_encoder, part.text_encoder_2] if two else [part]
     made = {}
     for index, (half, kind) in enumerate(zip(halves, ("CLIPTextModel", "CLIPTextModelWithProjection"), strict=False)):
-        config = half.config if not two else half.half.text
+        config = half.config if not two else half.reads.text
         settings = config.model_dump() | {"projection_dim": 24, "eos_token_id": 49407}
         network = getattr(transformers, kind)(transformers.CLIPTextConfig(**settings)).eval()
         made["text_encoder" if index == 0 else "text_encoder_2"] = network
