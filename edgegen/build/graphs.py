@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -12,6 +11,7 @@ import torch
 from torch.export import ExportedProgram
 
 from edgegen.graph.capture import capture, signature
+from edgegen.graph.export_lock import EXPORT_LOCK
 from edgegen.precision.plan import ComponentPlan, OpPlan
 from edgegen.precision.quantize import on_grid, quantized, settled
 from edgegen.precision.repair.tensors import Tensors, apply
@@ -47,7 +47,7 @@ class Graphs:
     def __init__(self) -> None:
         self._captured: dict[str, ExportedProgram] = {}
         self._rewritten: dict[tuple[str, str], Rewriting] = {}
-        self._lock = threading.RLock()  # torch.export keeps its state in globals
+        self._lock = EXPORT_LOCK
 
     def captured(self, component: Component) -> ExportedProgram:
         """The component as it was traced, in fp32."""

@@ -132,6 +132,8 @@ def command(
 
 
 def _text(planned: Planned, path: Path) -> str:
+    from edgegen.precision.options import DEFAULT_CONDITIONING
+
     plan = planned.plan
     used = sorted({precision for counts in planned.counts().values() for precision in counts})
     lines = [f"{plan.student} for {plan.target} with {', '.join(plan.backends)}", ""]
@@ -155,6 +157,9 @@ def _text(planned: Planned, path: Path) -> str:
             f"              at the worst step of {said['conditioning_pairs']:.0f} pairs of them; other prompts "
             f"stay within {said['conditioning_change_sure']:.1%}"
         )
+        asked = plan.budget.get("max_conditioning", DEFAULT_CONDITIONING)
+        if said["conditioning_change_sure"] > asked:
+            lines.append(f"              a build asks for {asked:.0%}, which this plan may miss: its costs came first")
     if "alignment" in said:
         lines.append(f"  alignment   {said['alignment']:.1%}")
     lines.append(f"  bytes       {said['bytes']:,.0f}, {said['bytes_ratio']:.3f} of fp32")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgegen.errors import EdgegenError
+from edgegen.graph.export_lock import EXPORT_LOCK
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.graph.tiles import Tiling, decode_tiled
 from edgegen.lower.backend import Array, Backend, Delegation, Executable, Lowered, LowerRequest, get_backend
@@ -175,7 +176,9 @@ def lower_chain(backend: str, program: ExportedProgram, request: LowerRequest, l
     links: list[Link] = []
     lowered: list[Lowered] = []
     logs: list[str] = []
-    for index, part in enumerate(cut(program, parts, [spec.name for spec in request.outputs]), start=1):
+    with EXPORT_LOCK:
+        pieces = cut(program, parts, [spec.name for spec in request.outputs])
+    for index, part in enumerate(pieces, start=1):
         names = {node.name for node in part.program.graph.nodes}
         one = replace(
             request,

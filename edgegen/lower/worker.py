@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -16,16 +15,13 @@ from pydantic import BaseModel, ConfigDict
 
 from edgegen.child import child_main, leave, run_child
 from edgegen.errors import EdgegenError
+from edgegen.graph.export_lock import EXPORT_LOCK
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Lowered, LowerRequest, Precision
 from edgegen.precision.plan import OpPlan
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-
-
-_SAVING = threading.Lock()
-"""`torch.export.save` puts a reducer into the process's own table of them while it writes, and refuses to find one."""
 
 
 class LowerInChild(BaseModel):
@@ -106,7 +102,7 @@ def _save(program: ExportedProgram, path: str, name: str) -> None:
     import torch
 
     try:
-        with _SAVING:
+        with EXPORT_LOCK:
             torch.export.save(program, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer tells a full disk as a RuntimeError
         reason = " ".join(str(error).split())[:200]

@@ -192,6 +192,7 @@ def test_a_backend_that_fails_does_not_take_the_others_with_it(checkpoint, build
     assert "`tflite`" in said and "`decoder`" in said and "no_such_backend" in said
     assert not place.exists()
     parity = json.loads((tmp_path / "out.failed" / "reports" / "parity.json").read_text())
+    assert parity["onnx"]["failed"] == [], parity["onnx"]
     assert parity["onnx"]["status"] == "passed" and parity["tflite"]["status"] == "failed"
 
 

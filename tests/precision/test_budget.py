@@ -134,3 +134,30 @@ def test_an_infeasible_budget_in_words():
 
 def test_no_loss_at_all_has_decibels_that_json_can_say():
     assert psnr(0.0) == 200.0 and psnr(1e-3) == pytest.approx(30.0)
+
+
+def test_where_prompts_are_noise_of_all_ops_a_plan_between_the_corners_is_found():
+    """Six ops spoil pictures, six what prompts change; measured, both spoil how prompts are heard."""
+    items = []
+    for index in range(12):
+        size = 1e-5 * 1.7 ** (index % 6)
+        losses = {"picture": size, "conditioning": size * 0.05} if index < 6 else {"picture": 0.0, "conditioning": size}
+        options = (
+            Option("fp32", {"latency onnx": 1 / 12, "bytes": 4.0}, {"picture": 0.0, "conditioning": 0.0}),
+            Option("w8a8", {"latency onnx": 0.3 / 12, "bytes": 1.0}, losses),
+        )
+        items.append(Item("net", f"op{index}", options))
+    budget = Budget(psnr=28.0, conditioning=0.02)
+
+    seen = []
+
+    def measure(choice):
+        heard = choice.totals["conditioning"] + choice.totals["picture"]
+        seen.append((choice, Measured(psnr(choice.totals["picture"]), math.sqrt(heard))))
+        return seen[-1][1]
+
+    choice, found = settle(within(Problem(tuple(items)), budget, ["onnx"]), budget, measure)
+    assert found.keeps(budget)
+    kept = [one.totals["latency onnx"] for one, measured in seen if measured.keeps(budget)]
+    assert choice.totals["latency onnx"] == pytest.approx(min(kept))
+    assert choice.totals["latency onnx"] < max(kept)
