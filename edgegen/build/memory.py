@@ -56,7 +56,7 @@ def decide(
     plans: dict[str, MemoryPlan] = {}
     for backend in recipe.backends:
         try:
-            plans[backend.name] = _share(recipe, backend, found)
+            plans[backend.name] = _share(recipe, backend, found, tilings)
         except TooLarge as error:
             if error.component != TILED or TILED in tilings or not truth.trajectories or error.spare <= 0:
                 raise
@@ -74,7 +74,7 @@ def decide(
 
 
 def _share(
-    recipe: Recipe, backend: BackendRecipe, found: Mapping[str, Footprint], tilings: Mapping[str, Tiling] | None = None
+    recipe: Recipe, backend: BackendRecipe, found: Mapping[str, Footprint], tilings: Mapping[str, Tiling]
 ) -> MemoryPlan:
     needs = {name: _need(recipe, backend, name, one) for name, one in found.items()}
     plan = share_memory(needs, recipe.memory, splittable=not backend.functions)
@@ -82,7 +82,7 @@ def _share(
         f"`{name}` draws {tiling.count} tiles of {tiling.tile[0]}x{tiling.tile[1]} of a {tiling.latent[0]}x"
         f"{tiling.latent[1]} latent, {tiling.halo} of each side shared; its values did not fit otherwise; largest "
         f"difference to the whole {tiling.seam:.2f} of 255 grey levels"
-        for name, tiling in (tilings or {}).items()
+        for name, tiling in tilings.items()
     )
     return plan.model_copy(update={"why": plan.why + notes})
 

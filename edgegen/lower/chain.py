@@ -21,7 +21,7 @@ from edgegen.errors import EdgegenError
 from edgegen.graph.export_lock import EXPORT_LOCK
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.graph.tiles import Tiling, decode_tiled
-from edgegen.lower.backend import Array, Backend, Delegation, Executable, Lowered, LowerRequest, get_backend
+from edgegen.lower.backend import Array, Backend, Delegation, Executable, Lowered, LowerRequest
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -196,21 +196,12 @@ def lower_chain(backend: str, program: ExportedProgram, request: LowerRequest, l
         links.append(Link(file=lowered[-1].file, inputs=one.inputs, outputs=one.outputs))
     chain = Chain(links=tuple(links))
     (request.out_dir / folder / INDEX).write_text(chain.model_dump_json(indent=2))
-    load_artifact_briefly(backend, request.out_dir / folder, chain)
     return Lowered(
         file=folder,
         delegation=_together([one.delegation for one in lowered]),
         details=_summed([one.details for one in lowered]),
         notes=tuple(dict.fromkeys(note for one in lowered for note in one.notes)),
     )
-
-
-def load_artifact_briefly(backend: str, folder: Path, chain: Chain) -> None:
-    """Prove that what the index says of each part is what the runtime, where it is here, takes."""
-    runtime = get_backend(backend)
-    if runtime.not_executed_here() is None:
-        for link in chain.links:
-            runtime.load(folder / link.file, link.inputs, link.outputs).close()
 
 
 def _given(program: ExportedProgram, names: Sequence[str]) -> tuple[TensorSpec, ...]:

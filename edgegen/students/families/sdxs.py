@@ -14,6 +14,7 @@ from edgegen.students.families.text_to_image import (
     text_to_image,
     tiny_clip,
 )
+from edgegen.students.networks.clip_text import ClipTextConfig
 from edgegen.students.networks.diffusers_unet import DiffusersUNetConfig
 from edgegen.students.networks.tiny_decoder import TinyDecoderConfig
 from edgegen.students.networks.unet import UNetConfig
@@ -56,14 +57,7 @@ def dreamshaper(size: str) -> StudentConfig:
             norm_num_groups=8,
         )
         text, decoder, side = tiny_clip(32, 2, "quick_gelu"), TINY_TAESD, 8
-    return text_to_image(
-        _name("sdxs-512", size),
-        text,
-        Network(architecture="unet", config=unet),
-        decoder,
-        LatentConfig(shape=(1, 4, side, side)),
-        SAMPLER,
-    )
+    return _sdxs("sdxs-512", size, text, unet, decoder, side)
 
 
 def nine(size: str) -> StudentConfig:
@@ -91,14 +85,7 @@ def nine(size: str) -> StudentConfig:
             norm_num_groups=8,
         )
         text, decoder, side = tiny_clip(32, 2, "gelu"), TINY_TAESD, 8
-    return text_to_image(
-        _name("sdxs-512-0.9", size),
-        text,
-        Network(architecture="unet", config=unet),
-        decoder,
-        LatentConfig(shape=(1, 4, side, side)),
-        SAMPLER,
-    )
+    return _sdxs("sdxs-512-0.9", size, text, unet, decoder, side)
 
 
 def thousand(size: str) -> StudentConfig:
@@ -150,6 +137,12 @@ def thousand(size: str) -> StudentConfig:
         SAMPLER,
         reads_pooled=True,
     )
+
+
+def _sdxs(name: str, size: str, text: ClipTextConfig, unet: UNetConfig, decoder: Network, side: int) -> StudentConfig:
+    """One step from a latent of `side` rows and columns."""
+    network, latent = Network(architecture="unet", config=unet), LatentConfig(shape=(1, 4, side, side))
+    return text_to_image(_name(name, size), text, network, decoder, latent, SAMPLER)
 
 
 def _name(family: str, size: str) -> str:
