@@ -18,6 +18,7 @@ from edgegen.students.architectures import build_module
 from edgegen.students.archive import DAMAGED_HINT, require_memory
 from edgegen.students.config import ComponentConfig, StudentConfig
 from edgegen.students.dataflow import check_flow
+from edgegen.students.reduce import reduce
 from edgegen.students.student import DTYPES, Student, assemble
 
 State = dict[str, dict[str, Tensor]]
@@ -146,7 +147,11 @@ def _rehearse(component: str, part: ComponentConfig, tensors: Mapping[str, Tenso
     try:
         with torch.device("meta"):
             module = build_module(part.architecture, part.config)
-    except EdgegenError:
+            if part.pruning is not None:
+                module = reduce(module, part.pruning, weights=False)
+    except EdgegenError as error:
+        if part.pruning is not None:
+            raise EdgegenError(f"component `{component}` of `{name}`: {error.message}", error.hint) from error
         raise
     except Exception as error:  # any constructor may refuse sizes in its own way
         raise EdgegenError(f"config of component `{component}` in `{name}` cannot be built: {error}") from error

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from edgegen.graph.tensor_spec import TensorSpec
+from edgegen.students.pruning import Pruning
 from edgegen.students.sampler import SamplerConfig
 
 
@@ -19,6 +20,16 @@ class ComponentConfig(BaseModel):
     config: dict[str, Any]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    pruning: Pruning | None = None
+    """What was cut out of that network; None: nothing."""
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What was never pruned is written as before there was pruning: its bytes are in hashes.
+        data: dict[str, Any] = handler(self)
+        if self.pruning is None:
+            del data["pruning"]
+        return data
 
 
 class LatentConfig(BaseModel):

@@ -138,11 +138,14 @@ def assemble(config: StudentConfig, state: Mapping[str, Mapping[str, Tensor]], t
     mismatch."""
     from edgegen.errors import EdgegenError
     from edgegen.students.architectures import build_module
+    from edgegen.students.reduce import reduce
 
     components = {}
     for name, part in config.components.items():
         with _Uninitialised():
             module = build_module(part.architecture, part.config)
+            if part.pruning is not None:
+                module = reduce(module, part.pruning, weights=False)
         if name not in state:
             raise EdgegenError(f"checkpoint has no weights for component `{name}`")
         weights = {key: value.float() if value.is_floating_point() else value for key, value in state[name].items()}

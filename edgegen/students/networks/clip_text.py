@@ -30,17 +30,17 @@ class ClipTextConfig(BaseModel):
 class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_dim = dim // heads
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        batch, length, dim = x.shape
+        batch, length, _ = x.shape
 
         def split(h: Tensor) -> Tensor:
-            return h.view(batch, length, self.heads, dim // self.heads).transpose(1, 2)
+            return h.view(batch, length, h.shape[2] // self.head_dim, self.head_dim).transpose(1, 2)
 
         out = F.scaled_dot_product_attention(
             split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x)), attn_mask=mask

@@ -109,9 +109,10 @@ class LinearAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        _, tokens, dim = x.shape
-        shape = (tokens, dim // self.head_dim, self.head_dim)
+        tokens = x.shape[1]
         q, k, v = self.qkv(x).chunk(3, dim=-1)
+        dim = v.shape[2]
+        shape = (tokens, dim // self.head_dim, self.head_dim)
         q = F.relu(rotate(self.q_norm(q).reshape(shape), cos, sin)).permute(1, 2, 0)
         k = F.relu(rotate(self.k_norm(k).reshape(shape), cos, sin)).permute(1, 0, 2)
         v = v.reshape(shape).permute(1, 2, 0)
@@ -134,9 +135,11 @@ class SoftmaxAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        _, tokens, dim = x.shape
+        tokens = x.shape[1]
+        parts = self.qkv(x).chunk(3, dim=-1)
+        dim = parts[0].shape[2]
         shape = (tokens, dim // self.head_dim, self.head_dim)
-        q, k, v = (part.reshape(shape) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = (part.reshape(shape) for part in parts)
         turned = (rotate(q, cos, sin), rotate(k, cos, sin), v)
         q, k, v = (part.reshape(1, *shape).transpose(1, 2) for part in turned)
         out = F.scaled_dot_product_attention(q, k, v)

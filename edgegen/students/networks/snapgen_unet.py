@@ -74,7 +74,7 @@ class MultiQueryAttention(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.head_dim = heads, dim // heads
+        self.head_dim = dim // heads
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, self.head_dim, bias=False)
         self.to_v = nn.Linear(context_dim, self.head_dim, bias=False)
@@ -83,17 +83,19 @@ class MultiQueryAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def forward(self, x: Tensor, context: Tensor, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        batch, length, dim = x.shape
+        batch, length, _ = x.shape
+        q = self.to_q(x)
+        heads = q.shape[2] // self.head_dim
         # Heads are normed as further rows: XNNPACK under TFLite takes no linear over four axes, which the mean becomes.
-        q = self.norm_q(self.to_q(x).view(batch, length * self.heads, self.head_dim))
-        q = q.view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+        q = self.norm_q(q.view(batch, length * heads, self.head_dim))
+        q = q.view(batch, length, heads, self.head_dim).transpose(1, 2)
         one = (batch, 1, context.shape[1], self.head_dim)
         k, v = self.norm_k(self.to_k(context)).view(one), self.to_v(context).view(one)
         if tables is not None:
             q, k = rotate(q, *tables), rotate(k, *tables)
-        k, v = (shared.expand(-1, self.heads, -1, -1) for shared in (k, v))
+        k, v = (shared.expand(-1, heads, -1, -1) for shared in (k, v))
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](out.transpose(1, 2).reshape(batch, length, dim))
+        return self.to_out[0](out.transpose(1, 2).reshape(batch, length, heads * self.head_dim))
 
 
 class SnapGenTransformerBlock(nn.Module):

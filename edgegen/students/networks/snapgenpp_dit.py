@@ -135,7 +135,7 @@ class SparseAttention(GroupedAttention):
 
         out = self.attend(asked.reshape(batch, -1, length, dim), windows(k), windows(v))
         out = out.reshape(batch * shared, inner, self.group, length * dim).transpose(1, 2)
-        return out.reshape(batch, self.heads, inner * length, dim)
+        return out.reshape(batch, shared * self.group, inner * length, dim)
 
     def forward(self, x: Tensor, context: Tensor, tables: Tables | None = None) -> Tensor:
         q, k, v = self.project(x, context, tables)
@@ -213,7 +213,7 @@ class SnapGenPlusDiT(nn.Module):
             self.register_buffer(f"{name}_sines", sines, persistent=False)
 
     def forward(self, latent: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        dim = self.config.hidden_size
+        dim = self.scale_shift_table.shape[1]
         embedded = self.time_embedding(timestep_features(timestep, TIME_CHANNELS).to(latent.dtype))
         time = self.time_projection(F.silu(embedded)).reshape(-1, 6, dim)
         picture = self.patch_embed(latent)

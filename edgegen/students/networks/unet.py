@@ -82,7 +82,7 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     def __init__(self, dim: int, context_dim: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_dim = dim // heads
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
@@ -90,7 +90,8 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         batch, length, dim = x.shape
-        return x.view(batch, length, self.heads, dim // self.heads).transpose(1, 2)
+        # Heads are counted, not remembered: a pruned network has fewer.
+        return x.view(batch, length, dim // self.head_dim, self.head_dim).transpose(1, 2)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
@@ -159,14 +160,14 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if shape.linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
+        batch, _, height, width = x.shape
         h = self.norm(x)
         h = self.proj_in(h.flatten(2).transpose(1, 2)) if self.linear else self.proj_in(h).flatten(2).transpose(1, 2)
         for block in self.transformer_blocks:
             h = block(h, context)
         if self.linear:
             h = self.proj_out(h)
-        h = h.transpose(1, 2).reshape(batch, channels, height, width)
+        h = h.transpose(1, 2).reshape(batch, h.shape[2], height, width)
         return x + (h if self.linear else self.proj_out(h))
 
 
