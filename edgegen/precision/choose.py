@@ -114,7 +114,7 @@ def _solve(problem: Problem) -> Choice | None:
         within = all(problem.fixed.get(name, 0.0) <= cap for name, cap in problem.caps.items())
         return Choice((), dict(problem.fixed)) if within else None
     objective = _objective(problem)
-    with _muted():
+    with muted():
         result = milp(
             objective,
             integrality=np.ones(len(objective), dtype=np.int64),
@@ -197,7 +197,7 @@ def _nearest(problem: Problem) -> Choice:
         excess[0, index] = -1.0
         rows.append(np.hstack([np.asarray(constraint.A), excess]))
         rooms.append(constraint.ub)
-    with _muted():
+    with muted():
         result = milp(
             np.concatenate([TIE * _objective(problem), np.ones(over)]),
             integrality=np.concatenate([np.ones(count, dtype=np.int64), np.zeros(over, dtype=np.int64)]),
@@ -214,7 +214,7 @@ def _nearest(problem: Problem) -> Choice:
 
 
 @contextmanager
-def _muted() -> Iterator[None]:
+def muted() -> Iterator[None]:
     """HiGHS prints notes to itself on standard output, past Python: that one is for data."""
     library = ctypes.CDLL(None)  # what C has buffered would come out later, where it is no longer muted
     sys.stdout.flush()

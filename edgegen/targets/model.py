@@ -92,6 +92,14 @@ class PrecisionCost(_Model):
     reference: Annotated[str, Field(pattern=r"^(measured|assumed|read): .", max_length=600)]
 
 
+class Widths(_Model):
+    """Channels come in multiples of `multiple` for the kernels to compute nothing in vain: what is pruned is cut to
+    such widths. `reference`: as that of a cost."""
+
+    multiple: Annotated[int, Field(ge=1, le=256)]
+    reference: Annotated[str, Field(pattern=r"^(measured|assumed|read): .", max_length=600)]
+
+
 class DeniedBackend(Denial):
     backend: BackendName
 
@@ -159,6 +167,7 @@ class Delegate(_Model):
     runtime: BackendName
     denied_ops: tuple[DeniedOp, ...] = ()
     costs: tuple[PrecisionCost, ...] = ()
+    widths: Widths | None = None
     takes: Taken | None = None
 
     @model_validator(mode="after")
@@ -286,6 +295,11 @@ class BackendOnTarget:
     denied_ops: tuple[DeniedOp, ...]
     notes: dict[ExecutablePrecision, str]
     speed: Speed | None = None
+
+    @property
+    def width_multiple(self) -> int:
+        """Of channels, as the first delegate that says one wants them; 1 where none does."""
+        return next((one.widths.multiple for one in self.delegates if one.widths is not None), 1)
 
     def cost(self, op: QuantizableOp, precision: ExecutablePrecision) -> PrecisionCost | None:
         """By the first delegate that says one; None where none does, so that no plan uses it."""

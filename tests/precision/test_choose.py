@@ -86,10 +86,10 @@ def test_the_front_goes_from_the_fastest_to_the_most_faithful():
 def test_what_the_solver_prints_is_not_on_standard_output():
     script = """
 import ctypes
-from edgegen.precision.choose import _muted
+from edgegen.precision.choose import muted
 library = ctypes.CDLL(None)
 library.printf(b"before ")
-with _muted():
+with muted():
     library.printf(b"noise ")
 library.printf(b"after")
 """
