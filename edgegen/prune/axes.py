@@ -305,6 +305,8 @@ def _pad(axes: Axes, node: Node) -> Made:
 
 def _reduction(axes: Axes, node: Node) -> Made:
     """The dimensions that are summed over are gone, or hold one number for what is left."""
+    if len(node.args) > 1 and isinstance(node.args[1], Node):  # the larger or the smaller of two tensors
+        return _elementwise(axes, node)
     labels = axes.settled(node.args[0])
     assert labels is not None
     given = argument(node, 2 if op_name(node) in ("aten.norm", "aten.linalg_vector_norm") else 1, "dim")
