@@ -91,6 +91,15 @@ class Measured:
     def keeps(self, budget: Budget) -> bool:
         return not self.misses(budget)
 
+    def spoils(self, other: Measured) -> tuple[str, ...]:
+        """What is worse here than in `other`: `psnr`, `conditioning` and what the worst of a build stays within."""
+        worse = {
+            "psnr": self.psnr < other.psnr or self.sure_psnr < other.sure_psnr,
+            "conditioning": self.conditioning > other.conditioning or self.sure_conditioning > other.sure_conditioning,
+            "alignment": self.alignment is not None and self.alignment < (other.alignment or 0.0),
+        }
+        return tuple(name for name, one in worse.items() if one)
+
 
 def psnr(loss: float) -> float:
     """Decibels of a loss; 200 for none at all, which JSON can say."""

@@ -48,6 +48,19 @@ def required_of_plan(bound: PlanBound, threshold: float) -> float:
     return min(asked, bound.stability_db - PLAN_SLACK_DB)
 
 
+def required_of_float(bound: PlanBound, half_db: float | None) -> float:
+    """dB that an artifact must keep of the float student: what its plan keeps in float32, less `PLAN_FLOAT_SLACK_DB`.
+
+    In float16 the noise of that arithmetic comes on top, and powers of noises add: `half_db` is what it alone was
+    predicted to leave of the signal (emulated on the graph that was lowered); None for float32. A plan of 61 dB in an
+    arithmetic of 64 dB cannot keep more than 59.
+    """
+    noise = math.pow(10.0, -bound.float_db / 10.0)
+    if half_db is not None:
+        noise += math.pow(10.0, -half_db / 10.0)
+    return (-10.0 * math.log10(noise) if noise > 0.0 else math.inf) - PLAN_FLOAT_SLACK_DB
+
+
 def meets(measured: float | None, required: float) -> bool:
     """Whether a number was measured and reaches `required`; NaN never does."""
     return measured is not None and not math.isnan(measured) and measured >= required

@@ -12,40 +12,52 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from edgegen.precision.budget import SCALES
 from edgegen.precision.conditioning import pack
-from edgegen.precision.pictures import Pictures
+from edgegen.precision.pictures import Pictures, moved
 from edgegen.precision.repair.straight_through import Changes
 from edgegen.precision.sensitivity import Plans
 from edgegen.precision.simulate import Changed, Drawing, Network, mean_square
 from edgegen.students.sample import decoder_input, initial_noise, sampler_table
-from edgegen.verify.metrics import sensitivity
 
 HEARD = SCALES["picture"] / SCALES["conditioning"]
 """What a relative error of the difference between two prompts counts, beside one of the answer itself."""
 STRENGTH = 10.0
 """What a prompt's strength counts: the square of the share by which it moves the answer more or less. Squared errors
 alone would have it moved less, as any uncertain answer."""
-HARDLY = 0.01
-"""Of the square of an answer: a prompt that moves it by less says little about hearing, and much about rounding."""
+HARDLY = 0.006
+"""Of the square of an answer: a prompt that moves it by less says little about hearing, and much about rounding. As
+gates have it (`edgegen.verify.gates.least_heard`)."""
 TINY = 1e-12
 
 
 class Judged(NamedTuple):
-    """`loss` as experiments have it: its decibels are PSNR of pictures, SQNR of calls. `heard`: a share."""
+    """`loss` as experiments have it: its decibels are PSNR of pictures, SQNR of calls. `heard` and `worst`: by what
+    share another prompt's effect is another, the root of the mean square and the worst of all."""
 
     loss: float
     heard: float = 0.0
+    worst: float = 0.0
 
     @property
     def score(self) -> float:
-        """One number, less is better: as budgets weigh pictures and prompts."""
-        return self.loss / SCALES["picture"] + self.heard**2 / SCALES["conditioning"]
+        """One number, less is better: as budgets weigh pictures and prompts, of which gates take the worst."""
+        return self.loss / SCALES["picture"] + self.worst**2 / SCALES["conditioning"]
+
+    def spoils(self, other: Judged) -> str:
+        """What of `other` is better than here, in words; "" for nothing."""
+        if not self.loss <= other.loss:
+            return "held-back pictures are farther away"
+        if not self.heard <= other.heard:
+            return f"held-back prompts would be heard by {self.heard:.2%} otherwise, which is {other.heard:.2%} now"
+        if not self.worst <= other.worst:
+            return f"the worst held-back prompt would go from {other.worst:.2%} to {self.worst:.2%}"
+        return ""
 
 
 class Lessons(Protocol):
@@ -72,26 +84,38 @@ class HeldBack(Pictures):
 
     @torch.no_grad()
     def judge(self) -> Judged:
-        """Means over all samples and steps: the worst of few is as much chance as it is the weights."""
-        squares = []
-        for sample, drawn in zip(self.samples, self.floats, strict=True):
-            pair = (sample.ids, sample.other_ids)
-            wanted = [(self.truth or self.drawing).answers(drawn, ids) for ids in pair]
-            made = [self.drawing.answers(drawn, ids, self.given) for ids in pair]
-            squares += [_changed(*(one.numpy() for one in step)) ** 2 for step in zip(*wanted, *made, strict=True)]
-        return Judged(self.loss({}), math.sqrt(sum(squares) / max(1, len(squares))))
+        """Every sample's prompt before every other sample's, at each step of the float picture: the worst of a few
+        pairs is as much chance as it is the weights."""
+        found = []
+        for place, drawn in enumerate(self.floats):
+            wanted = self._wanted[place]
+            made = [self.drawing.answers(drawn, ids, self.given) for ids in self._asked(place)]
+            for other, said in zip(wanted[1:], made[1:], strict=True):
+                steps = zip(wanted[0], other, made[0], said, strict=True)
+                found += [min(1.0, moved([[a], [b]], [[c], [d]])) for a, b, c, d in steps]
+        mean = math.sqrt(sum(one**2 for one in found) / max(1, len(found)))
+        return Judged(self.loss({}), mean, max(found, default=0.0))
+
+    def _asked(self, place: int) -> list[Tensor]:
+        """The prompt of a sample, then the one that it is held against and those of all others, once each."""
+        sample = self.samples[place]
+        asked = [sample.ids, sample.other_ids]
+        for one in self.samples:
+            if not any(one.ids.equal(known) for known in asked):
+                asked.append(one.ids)
+        return asked
+
+    @cached_property
+    def _wanted(self) -> list[list[tuple[Tensor, ...]]]:
+        """Of each sample, the float denoiser's answers to what `_asked` says."""
+        with torch.no_grad():
+            return [
+                [self._truth.answers(drawn, ids) for ids in self._asked(place)]
+                for place, drawn in enumerate(self.floats)
+            ]
 
     def _made(self, plans: Plans) -> dict[str, dict[str, Changed]]:
         return {name: dict(one) for name, one in self.given.items()}
-
-
-def _changed(*answers: Any) -> float:
-    """By what share the norm or the direction of a difference is another, as gates measure it."""
-    found = sensitivity(*answers)
-    if found.ratio is None or found.cosine is None:
-        return 0.0 if found.degenerate else 1.0
-    turned = 1.0 / found.cosine - 1.0 if found.cosine > 0 else 1.0
-    return min(1.0, max(abs(found.ratio - 1.0), turned))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """`edgegen plan --qat N`: training as the last repair of a plan, judged and recorded as the others are.
 
 It starts from what the repairs without training left, without their schedule, which was learned for other errors; the
-schedule is learned again behind it. What held-back prompts are no better for is not taken, nor what would make the
-plan miss its budget.
+schedule is learned again behind it. What held-back prompts are no better for is not taken, nor what makes anything
+worse that the plan says of itself: pictures or how prompts are heard, the mean of the one and the worst of the other.
 """
 
 from __future__ import annotations
@@ -111,13 +111,16 @@ class Trainer:
         worth = self._judged(plans, before), self._judged(plans, after)
         self.progress.advance()
         decibels = {"before_db": psnr(worth[0].loss), "after_db": psnr(worth[1].loss)}
-        if worth[1].loss > worth[0].loss:
-            reason = f"held-back pictures would go from {decibels['before_db']:.2f} to {decibels['after_db']:.2f} dB"
-            return _left(planned, Repair(name="qat", where=where, reason=reason))
+        reason = worth[1].spoils(worth[0])
+        if reason:
+            return _left(planned, Repair(name="qat", where=where, **decibels, reason=reason))
         measured = self._measured(plans, before), self._measured(plans, after)
         self.progress.advance()
         if measured[0].keeps(self.budget) and not measured[1].keeps(self.budget):
             reason = f"with it the plan misses its budget: {measured[0].said()} became {measured[1].said()}"
+            return _left(planned, Repair(name="qat", where=where, reason=reason))
+        if measured[1].spoils(measured[0]):
+            reason = f"it would make the plan worse: {measured[0].said()} became {measured[1].said()}"
             return _left(planned, Repair(name="qat", where=where, reason=reason))
         changed = sum(map(len, tensors.values()))
         record = Repair(name="qat", where=where, changed=changed, reason=course.ended, **decibels)
