@@ -11,7 +11,9 @@ from `--cache` where they were made before by the same code, in which case quant
 NNCF and OpenVINO cannot live in this environment: `--nncf-python` names a Python that has `nncf`, `openvino`, `onnx`
 and `onnxruntime`; then NNCF's default on the ONNX file runs on onnxruntime, and its int8 for transformers on OpenVINO,
 in turns with the rest; with `--no-defaults` OpenVINO alone. `--together` puts all backends into the same turns, which
-is fair to networks that take long: threads that one runtime leaves waiting disturb the next for a millisecond.
+is fair to networks that take long: threads that one runtime leaves waiting disturb the next for a millisecond. Core ML
+and Core AI have plans of their own (`int8_ours.APPLE_PLANS`); they are computed by `mlprogram` and by Core AI's CPU
+runtime, and not timed.
 
 Models: `shapes`, the denoiser and the decoder of the demo student, on its own trajectory; S64, a UNet of 12.9 M
 parameters at a 32x32 latent, and R, one of 315.7 M shaped as SDXS-512's, both with random weights, on random inputs.
@@ -34,8 +36,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from int8_ours import PLAIN, PLANS, Ours
-from int8_rows import Failed, Made, Row, joined, line, markdown
+from int8_ours import APPLE, PLAIN, PLANS, Ours
+from int8_rows import Failed, Made, Row, joined, line, markdown, size_of
 from int8_theirs import THEIRS, nncf
 from subjects import MODELS, Subject, subjects
 from turns import WARM_UP, in_turns, settings_of
@@ -55,7 +57,7 @@ def main() -> None:
     parser.add_argument("--nncf-python", type=Path, metavar="PATH", help="a Python that has NNCF and OpenVINO")
     parser.add_argument("--together", action="store_true", help="call the artifacts of all backends in the same turns")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--repeats", type=int, default=40, help="calls of each artifact that count")
+    parser.add_argument("--repeats", type=int, default=40, help="calls of each artifact that count; 0: no latency")
     parser.add_argument("--cache", type=Path, help="where plans are kept; default: nowhere")
     parser.add_argument("--title", default="INT8: plans beside the runtimes' own recipes")
     parser.add_argument("--json", type=Path)
@@ -64,8 +66,10 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     torch.set_num_threads(options.threads)
-    theirs = ", ".join(f"{name} {metadata.version(name)}" for name in ("ai-edge-quantizer", "torchao"))
+    tools = ("ai-edge-quantizer", "torchao", "coremltools", "coreai-opt")
+    theirs = ", ".join(f"{name} {metadata.version(name)}" for name in tools)
     repeats = f"{options.repeats} calls of each artifact in turns, medians, after {WARM_UP} that do not count"
+    repeats = repeats if options.repeats else "none: no latency was measured"
     settings = settings_of(options.backend, options.threads, repeats=repeats, quantizers=theirs)
     print("\n".join(f"{name}: {value}" for name, value in settings.items()), file=sys.stderr, flush=True)
     started = time.perf_counter()
@@ -120,11 +124,12 @@ class _Bench:
                         print(f"  made: {line(row)}", file=sys.stderr, flush=True)
                         made.append((row, one))
             gc.collect()
-            medians = in_turns([one.timed(self.subject.held_out[0]) for _, one in made], self.options.repeats)
-            plain = {row.backend: took for (row, _), took in zip(made, medians, strict=True) if row.row == PLAIN}
-            for (row, _), took in zip(made, medians, strict=True):
+            timed = [one for one in made if self.options.repeats and one[0].backend not in APPLE]
+            medians = in_turns([one.timed(self.subject.held_out[0]) for _, one in timed], self.options.repeats)
+            plain = {row.backend: took for (row, _), took in zip(timed, medians, strict=True) if row.row == PLAIN}
+            for (row, _), took in zip(timed, medians, strict=True):
                 row.ms, row.to_fp32 = round(took * 1e3, 2), round(took / plain[row.backend], 3)
-                yield row
+            yield from (row for row, _ in made)
 
     def _judged(self, ours: Ours) -> Iterator[tuple[Row, Made | None]]:
         """Every artifact with what is known of it before it is timed; None for one that is not there."""
@@ -137,7 +142,7 @@ class _Bench:
                 yield row, None
                 continue
             row.sqnr_db = round(sqnr_db(expected, joined([one.run(given) for given in self.subject.held_out])), 1)
-            row.megabytes, row.note = round(one.path.stat().st_size / 1e6, 2), one.note
+            row.megabytes, row.note = round(size_of(one.path) / 1e6, 2), one.note
             row.quantizing_s = round(one.quantizing_s, 1) if one.quantizing_s else None
             row.lowering_s = round(one.lowering_s, 1) if one.lowering_s else None
             yield row, one

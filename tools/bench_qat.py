@@ -4,9 +4,11 @@
 
 Each subject is a precision of every op at once, those that a plan would leave float among them, or a plan as `edgegen
 plan` chooses it. Quality is measured in torch on the fake-quant graphs that artifacts are held against, on prompts and
-noise that training never saw: the worst picture's PSNR against the float student's, the worst change of how far another
-prompt moves the denoiser's answer, and alignment, the share of held-back prompts that are drawn right. Training is kept
-in edgegen's cache, and goes on there when it was cut off; its seconds are then of the last part alone, and said so.
+noise that nothing saw before: the worst picture's PSNR against the float student's, by how much another prompt moves
+the denoiser's answer more or less, the worst and the root mean square, and alignment, the share of held-back prompts
+that are drawn right. As in `edgegen plan`, what training made is kept where a panel of other prompts finds nothing
+worse in it; what the panel said is in the second table. Training is kept in edgegen's cache, and goes on there when it
+was cut off; its seconds are then of the last part alone, and said so.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pydantic import BaseModel
 from turns import settings_of
 
 from edgegen.cache import Cache
+from edgegen.graph.count import count
 from edgegen.precision.budget import Budget, Measured, psnr
 from edgegen.precision.calibrate import calibrate_once
 from edgegen.precision.canonical import canonical_programs
@@ -30,9 +33,11 @@ from edgegen.precision.expected import fp32_bytes
 from edgegen.precision.memo import kept, planner_fingerprint
 from edgegen.precision.mend import Mended
 from edgegen.precision.options import Planned
+from edgegen.precision.panel import panel
 from edgegen.precision.pictures import Pictures, Sample
 from edgegen.precision.plan import ComponentPlan, OpPlan, PrecisionPlan
 from edgegen.precision.prompts import default_settings, prompts_for
+from edgegen.precision.repair.lessons import HeldBack
 from edgegen.precision.repair.tensors import Tensors, content
 from edgegen.precision.repair.trained import Trainer, nested
 from edgegen.precision.simulate import Drawing, Network
@@ -50,6 +55,9 @@ SUBJECTS: dict[str, dict[str, object]] = {
 }
 COUNTS = (4, 1)
 PAIRS = 8
+"""Of unseen prompts, for the table."""
+PANEL = 24
+"""Prompts whose pairs decide whether what was trained is kept."""
 
 
 class Row(BaseModel):
@@ -60,6 +68,9 @@ class Row(BaseModel):
     steps: int
     psnr_db: float
     conditioning: float
+    """The worst of all pairs and steps."""
+    mean_conditioning: float
+    """The root of the mean square."""
     alignment: float
 
 
@@ -68,6 +79,9 @@ class Run(BaseModel):
 
     subject: str
     said: str
+    before: str
+    after: str
+    """What the panel measured without and with what training made; the same where it was not kept."""
     seconds: float
     cpu_seconds: float
     resumed: bool
@@ -97,7 +111,12 @@ class Bench:
         programs = canonical_programs(self.student)
         self.networks = {name: Network(name, program, sites(program)) for name, program in programs.items()}
         known = prompts_for(self.student)
-        self.judging, self.learning = known[-PAIRS - 1 :], known[: -PAIRS - 1]
+        self.judging, deciding = known[-PAIRS - 1 :], known[-PAIRS - 1 - PANEL : -PAIRS - 1]
+        self.learning = known[: -PAIRS - 1 - PANEL]
+        macs = {name: count(network.program).macs for name, network in self.networks.items()}
+        ids = self.student.given(list(deciding))
+        self.panel = panel(self.student, ids, COUNTS[0], COUNTS[1:], macs, 3000, PANEL)
+        self.truth = Drawing(self.student, self.networks)
 
     def planned(self, form: Mapping[str, object]) -> Planned:
         """Every op that can have it in one form, by ranges of the student's own trajectory."""
@@ -132,21 +151,23 @@ class Bench:
     def trained(self, subject: str, planned: Planned, steps: int) -> tuple[Planned, Run]:
         """As `edgegen plan --qat` trains it, without a budget that it could miss."""
         lines = Lines()
-        trainer = Trainer(
-            self.student,
-            self.networks,
-            self.learning,
-            self.cache,
-            lines,
-            lambda made: Measured(0.0, 0.0),
-            Budget(),
-        )
+        plans = {name: part.ops for name, part in planned.plan.components.items()}
+
+        def measure(made: Mended) -> Measured:
+            drawing = Drawing(self.student, made.networks(self.networks), made.schedule)
+            found = self.panel.judged(self.truth, drawing, plans)
+            decibels, least = psnr(found.psnr_loss), psnr(found.psnr_loss_most)
+            return Measured(decibels, found.conditioning, None, least, found.conditioning_most, found.pairs)
+
+        trainer = Trainer(self.student, self.networks, self.learning, self.cache, lines, measure, Budget())
         state = list(self.cache.root.glob("*/unfinished/*/state.safetensors"))
         wall, cpu = time.monotonic(), time.process_time()
         made = trainer.trained(planned, steps)
         return made, Run(
             subject=subject,
             said=str(made.repairs[-1]),
+            before=measure(Mended(nested(planned.tensors))).said(),
+            after=measure(Mended(nested(made.tensors))).said(),
             seconds=time.monotonic() - wall,
             cpu_seconds=time.process_time() - cpu,
             resumed=bool(state),
@@ -157,7 +178,7 @@ class Bench:
         """`planned` None: the float student."""
         found = []
         for steps in COUNTS:
-            quality = [200.0, 0.0, *self._kept(planned, steps)] if planned is None else self._kept(planned, steps)
+            quality = [200.0, 0.0, 0.0, *self._kept(planned, steps)] if planned is None else self._kept(planned, steps)
             found.append(
                 Row(
                     subject=subject,
@@ -165,7 +186,8 @@ class Bench:
                     steps=steps,
                     psnr_db=quality[0],
                     conditioning=quality[1],
-                    alignment=quality[2],
+                    mean_conditioning=quality[2],
+                    alignment=quality[3],
                 )
             )
         return found
@@ -194,24 +216,28 @@ class Bench:
         samples = tuple(Sample(ids[i], 1000 + i, ids[i + 1], steps) for i in range(PAIRS))
         losses = [Pictures(drawing, (one,), truth=truth) for one in samples]
         worst = max(one.loss(ops) for one in losses)
-        return [psnr(worst), max(one.conditioning(ops) for one in losses), alignment]
+        held = HeldBack(drawing, samples, truth=truth, given=dict(changes)).judge()
+        return [psnr(worst), held.worst, held.heard, alignment]
 
 
 def markdown(rows: Sequence[Row], runs: Sequence[Run], settings: Mapping[str, str]) -> str:
     lines = ["# Training of quantized weights on the `shapes` student", ""]
     lines += [f"- {name}: {value}" for name, value in settings.items()]
-    lines += ["", f"Worst of {PAIRS} pictures, and of every step of {PAIRS} pairs of prompts.", ""]
-    lines += ["| what | training | steps | PSNR dB | conditioning | alignment |", "|---|---|---:|---:|---:|---:|"]
+    lines += ["", f"Worst of {PAIRS} unseen pictures; conditioning over all pairs of their prompts, at every step.", ""]
+    lines += ["| what | training | steps | PSNR dB | conditioning: worst | root mean square | alignment |"]
+    lines += ["|---|---|---:|---:|---:|---:|---:|"]
     for row in rows:
         decibels = "exact" if row.psnr_db >= 200 else f"{row.psnr_db:.2f}"
-        heard = f"{row.conditioning:.2%} | {row.alignment:.1%}"
+        heard = f"{row.conditioning:.2%} | {row.mean_conditioning:.2%} | {row.alignment:.1%}"
         lines.append(f"| {row.subject} | {row.training} | {row.steps} | {decibels} | {heard} |")
-    lines += ["", "| what | record | seconds | of CPU | peak GB |", "|---|---|---:|---:|---:|"]
+    lines += ["", "| what | record | the panel, before | after | seconds | of CPU | peak GB |"]
+    lines += ["|---|---|---|---|---:|---:|---:|"]
     for run in runs:
         part = ", last part alone" if run.resumed else ""
         said = run.said.replace("|", "/")
         lines.append(
-            f"| {run.subject} | {said} | {run.seconds:.0f}{part} | {run.cpu_seconds:.0f} | {run.peak_gb:.2f} |"
+            f"| {run.subject} | {said} | {run.before} | {run.after} | {run.seconds:.0f}{part} | "
+            f"{run.cpu_seconds:.0f} | {run.peak_gb:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

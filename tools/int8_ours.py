@@ -26,7 +26,14 @@ from edgegen.rewrite.choose import shape_preset
 from edgegen.rewrite.pipeline import Pipeline
 from edgegen.targets import load_target
 
-TARGET = "linux-x86"
+APPLE = ("coreml", "coreai")
+"""Computed here, and not timed: their latency is a device's."""
+CPU_TARGET, APPLE_TARGET = "linux-x86", "iphone17"
+APPLE_PLANS = {
+    "w8": PlanOptions(precisions=("w8",), precision="fp32", aim="loss", max_size_ratio=0.262, repairs=True),
+    "w8a8": PlanOptions(precisions=("w8a8",), precision="fp32", aim="loss", max_size_ratio=0.262, repairs=True),
+}
+"""The least loss that int8's bytes allow, with float32 between, so that quantization is all that is compared."""
 PLANS = {
     "fast": PlanOptions(min_psnr=28.6, repairs=True),
     "fine": PlanOptions(min_psnr=29.6, repairs=True),
@@ -73,17 +80,18 @@ class Ours:
         request, path = self.plain
         run = runner(self.subject, self.backend, path, request)
         yield Made(PLAIN, path, run, lowering_s=time.perf_counter() - started)
-        for name in plans:
+        offered = APPLE_PLANS if self.backend in APPLE else {name: PLANS[name] for name in plans}
+        for name, options in offered.items():
             started = time.perf_counter()
             try:
-                planned = self._planned(PLANS[name])
+                planned = self._planned(options)
                 quantizing = time.perf_counter() - started
                 yield self._lowered(name, planned, quantizing)
             except EdgegenError as error:
                 yield Failed(f"edgegen, {name}", error.message.splitlines()[0])
 
     def _planned(self, options: PlanOptions) -> Planned:
-        target = load_target(TARGET)
+        target = load_target(APPLE_TARGET if self.backend in APPLE else CPU_TARGET)
         return make_plan(self.subject.student, target, (self.backend,), options, self.cache, Quiet())
 
     def _lowered(self, name: str, planned: Planned, quantizing: float) -> Made:

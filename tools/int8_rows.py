@@ -38,6 +38,17 @@ class Failed:
     why: str
 
 
+def first_line(error: Exception) -> str:
+    """Of what a tool says when it fails."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all in a folder."""
+    parts = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+    return sum(one.stat().st_size for one in parts)
+
+
 class Row(BaseModel):
     """One artifact of one network on one runtime; `to_fp32` and `ms` were measured in turns with the others."""
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from int8_apple import coreai, coreml
 from int8_ours import Ours
-from int8_rows import Failed, Made, runner
+from int8_rows import Failed, Made, first_line, runner
 from nncf_worker import Worker
 from subjects import Inputs
 
@@ -40,7 +41,7 @@ def tflite(ours: Ours, folder: Path) -> Iterator[Made | Failed]:
             run = _interpreted(path)
             run(ours.subject.held_out[0])
         except Exception as error:
-            yield Failed(row, f"fails: {_first(error)}")
+            yield Failed(row, f"fails: {first_line(error)}")
             continue
         yield Made(row, path, run, seconds)
 
@@ -96,7 +97,7 @@ def executorch(ours: Ours, folder: Path) -> Iterator[Made | Failed]:
             run = runner(subject, "executorch", path, ours.plain[0])
             run(subject.held_out[0])
         except Exception as error:
-            yield Failed(row, f"fails: {_first(error)}")
+            yield Failed(row, f"fails: {first_line(error)}")
             continue
         yield Made(row, path, run, quantizing, seconds)
 
@@ -127,7 +128,7 @@ def onnx(ours: Ours, folder: Path) -> Iterator[Made | Failed]:
             run = runner(subject, "onnx", path, request)
             run(subject.held_out[0])
         except Exception as error:
-            yield Failed(row, f"fails: {_first(error)}")
+            yield Failed(row, f"fails: {first_line(error)}")
             continue
         yield Made(row, path, run, seconds)
 
@@ -154,7 +155,7 @@ def nncf(ours: Ours, folder: Path, python: Path | None, default: bool) -> Iterat
                 weights = path.with_suffix(".bin")
                 yield Made(row, weights, worker.run, worker.seconds, note="another runtime", prepare=worker.prepare)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-            yield Failed(row, f"fails: {_first(error)}")
+            yield Failed(row, f"fails: {first_line(error)}")
 
 
 def _calls(ours: Ours) -> list[dict[str, Array]]:
@@ -162,12 +163,10 @@ def _calls(ours: Ours) -> list[dict[str, Array]]:
     return [{name: one[name].numpy() for name in names} for one in ours.subject.calibration]
 
 
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-
-
 THEIRS: dict[str, Callable[[Ours, Path], Iterator[Made | Failed]]] = {
     "tflite": tflite,
     "executorch": executorch,
     "onnx": onnx,
+    "coreml": coreml,
+    "coreai": coreai,
 }
