@@ -105,6 +105,10 @@ def test_five_backends_where_core_ai_is():
     for name in ("iphone17", "ipad-m4"):
         assert set(load_target(name).backends) == set(BACKENDS)
         assert load_target(name).os_floor == "27.0"
+        for on in ("coreml", "coreai"):  # int8 by int8, which both files hold and both chips have
+            offered = load_target(name).backend(on)
+            assert "w8a8" in offered.precisions and "w8a8-dynamic" not in offered.precisions
+            assert offered.cost("conv", "w8a8").time < offered.cost("conv", "w8").time
 
 
 def test_a_core_without_float16_is_not_given_any():

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from torch_executable import Prepared, TorchExecutable, torch_executables
 
+from edgegen.bundle.manifest import PlanBound
 from edgegen.errors import GateError
 from edgegen.lower.backend import Delegation
-from edgegen.verify.gates import check, default_gates, require
+from edgegen.verify.gates import check, default_gates, require, required_of_float
 from edgegen.verify.outcome import ComponentParity, Outcome, ParityReport, SensitivityStep, Unavailable
 from edgegen.verify.parity import compiled_run, load_executables, verify
 from edgegen.verify.worker import PREDICTED, predicted_db
@@ -345,6 +346,15 @@ def test_float16_is_held_to_what_its_arithmetic_predicts(measured, failed):
         assert gates[0].subject == "decoder" and "float16 predicts 60.0" in gates[0].required
     unknown = part.model_copy(update={"predicted_db": None})
     assert not [gate for gate in check(default_gates(), "fp16", [unknown]) if gate.gate == "float16"]
+
+
+def test_a_plan_in_float16_loses_what_both_lose():
+    """Noises add as powers; float32 adds nothing, and a plan that loses little leaves float16's own loss."""
+    bound = PlanBound(stability_db=100.0, float_db=60.0)
+    assert required_of_float(bound, None) == pytest.approx(59.0)
+    assert required_of_float(bound, 60.0) == pytest.approx(60.0 - 3.0103 - 1.0, abs=1e-3)
+    assert required_of_float(bound, 90.0) == pytest.approx(59.0, abs=0.01)
+    assert required_of_float(PlanBound(stability_db=100.0, float_db=200.0), 62.0) == pytest.approx(61.0)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("57.31", 57.31), ("nan", None), ("inf", None), ("<b>", None)])
