@@ -4,10 +4,11 @@
 
 Quality is measured in torch on the fake-quant graphs that every artifact is held against, on prompts and seeds that no
 plan learned from: PSNR of the picture against the float student's, by how much another prompt moves the denoiser's
-answer more or less, and alignment, the share of held-back prompts that are drawn right (`--prompts` of the 432). Naive
-whole-int8 is every convolution and linear in static int8 with one scale a tensor. The student with planted outliers
-has the same function as the one that ships. Plans and quality come from edgegen's cache where they were made before by
-the same code; latency never does: denoisers of one backend are lowered in this process and called in turns.
+answer more or less, and alignment, the share of held-back prompts that are drawn right (`--prompts` of the 432). One
+plan is for all of `--backend` together, as `edgegen plan --backend onnx,tflite,executorch` makes it. Naive whole-int8
+is every convolution and linear in static int8 with one scale a tensor. The student with planted outliers has the same
+function as the one that ships. Plans and quality come from edgegen's cache where they were made before by the same
+code; latency never does: denoisers of one backend are lowered in this process and called in turns.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ BACKENDS = ("tflite", "executorch", "onnx")
 ASKED = {"tflite": 0.45, "executorch": 0.60, "onnx": 0.60}
 """Share of its own fp32's latency that the denoiser may take."""
 PALETTE = {"precisions": ("w4",), "max_size_ratio": 0.16}
+PLANTED = {"samples": 2, "judged": 8, "confirmed": 6, "spread": 12}
+"""How much the plan of the student with planted outliers measures: a quarter of what plans do."""
 SAMPLES = 4
 
 
@@ -94,6 +97,8 @@ class Found(BaseModel):
     rows: list[Row] = []
     timed: list[Timed] = []
     repairs: list[str] = []
+    correlations: dict[str, float] = {}
+    """Of each plan's estimates with ops measured alone, Spearman's."""
 
 
 class Quiet:
@@ -110,9 +115,10 @@ class Quiet:
 class Bench:
     """One student with its graphs, and what it is tried on."""
 
-    def __init__(self, name: str, student: Student, cache: Cache, prompts: int) -> None:
+    def __init__(self, name: str, student: Student, backends: Sequence[str], cache: Cache, prompts: int) -> None:
         self.name, self.student, self.cache, self.prompts = name, student, cache, prompts
-        programs = canonical_programs(student)
+        self.backends = tuple(backends)
+        programs = canonical_programs(student, self.backends)
         self.programs = programs
         self.networks = {key: Network(key, program, sites(program)) for key, program in programs.items()}
         self.drawing = Drawing(student, self.networks)
@@ -122,10 +128,10 @@ class Bench:
             for steps in STEPS
         }
 
-    def plan(self, backend: str, repairs: bool, target: str = "linux-x86", **more: object) -> Planned:
-        print(f"{self.name}: plan for {backend}, repairs {repairs}", file=sys.stderr, flush=True)
+    def plan(self, repairs: bool, target: str = "linux-x86", **more: object) -> Planned:
+        print(f"{self.name}: plan for {self.backends}, repairs {repairs}", file=sys.stderr, flush=True)
         options = PlanOptions(repairs=repairs, **more)  # type: ignore[arg-type]
-        return make_plan(self.student, load_target(target), (backend,), options, self.cache, Quiet(), self.programs)
+        return make_plan(self.student, load_target(target), self.backends, options, self.cache, Quiet(), self.programs)
 
     def rows(
         self,
@@ -186,9 +192,9 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=BACKENDS, nargs="+", default=list(BACKENDS))
-    parser.add_argument(
-        "--unrepaired", choices=BACKENDS, nargs="*", default=["onnx"], help="planned without repairs too"
-    )
+    parser.add_argument("--unrepaired", action="store_true", help="the plan without repairs too")
+    parser.add_argument("--max-size", type=float, help="share of fp32's bytes, for the plan")
+    parser.add_argument("--no-palettes", action="store_true", help="leave the palettes for Core ML out")
     parser.add_argument("--prompts", type=int, default=108, help="held-back prompts that alignment is over")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=60, help="calls of each denoiser that count")
@@ -224,40 +230,42 @@ def main() -> None:
             print(row, flush=True)
         write()
 
-    bench = Bench("shapes", load(family.WEIGHTS), cache, options.prompts)
+    def planned(bench: Bench, name: str, made: Planned) -> None:
+        found.repairs += [f"{name}: {one}" for one in made.repairs]
+        if made.rank_correlation is not None:
+            found.correlations[name] = round(made.rank_correlation, 3)
+        show(bench.planned_rows(name, made))
+
+    student = load(family.WEIGHTS)
+    bench = Bench("shapes", student, options.backend, cache, options.prompts)
     show(bench.float_rows())
     show(bench.naive_rows())
-    plans: dict[str, list[tuple[str, Planned]]] = {}
-    for backend in options.backend:
-        for repairs in (False, True) if backend in options.unrepaired else (True,):
-            name = f"plan for {backend}" + ", repaired" * repairs
-            made = bench.plan(backend, repairs)
-            plans.setdefault(backend, []).append((name, made))
-            found.repairs += [f"{name}: {one}" for one in made.repairs]
-            show(bench.planned_rows(name, made))
+    plans: list[tuple[str, Planned]] = []
+    for repairs in (False, True) if options.unrepaired else (True,):
+        name = f"plan for {', '.join(options.backend)}" + ", repaired" * repairs
+        plans.append((name, bench.plan(repairs, max_size_ratio=options.max_size)))
+        planned(bench, *plans[-1])
     if not options.no_latency:
         for backend in options.backend:
-            for one in _timed(bench, backend, plans[backend], options.repeats):
+            for one in _timed(bench, backend, plans, options.repeats):
                 found.timed.append(one)
                 print(one, flush=True)
             write()
-    outliers = Bench("shapes, planted outliers", planted(bench.student), cache, options.prompts)
+    outliers = Bench("shapes, planted outliers", planted(student), ("onnx",), cache, options.prompts)
     show(outliers.naive_rows())
-    made = outliers.plan("onnx", True)
-    found.repairs += [f"planted outliers, plan for onnx: {one}" for one in made.repairs]
-    show(outliers.planned_rows("plan for onnx, repaired", made))
-    for repairs in (False, True):
-        name = "w4 palettes for coreml" + ", repaired" * repairs
-        made = bench.plan("coreml", repairs, "iphone15", **PALETTE)
-        found.repairs += [f"{name}: {one}" for one in made.repairs]
-        show(bench.planned_rows(name, made))
+    planned(outliers, "planted outliers, plan for onnx, repaired", outliers.plan(True, **PLANTED))
+    if not options.no_palettes:
+        apple = Bench("shapes", student, ("coreml",), cache, options.prompts)
+        for repairs in (False, True):
+            name = "w4 palettes for coreml" + ", repaired" * repairs
+            planned(apple, name, apple.plan(repairs, "iphone15", **PALETTE))
 
 
 def _timed(bench: Bench, backend: str, plans: Sequence[tuple[str, Planned]], repeats: int) -> Iterator[Timed]:
     """Denoisers of `plans` and of fp32, lowered as a build does and called in turns."""
     part = bench.student.components["denoiser"]
     graphs, on = Graphs(), get_backend(backend)
-    canonical = canonical_passes("denoiser", timesteps_of(bench.student))
+    canonical = canonical_passes("denoiser", timesteps_of(bench.student), bench.backends)
     shape = Pipeline(tuple(shape_preset(backend)))
     context = bench.drawing.encode(bench.samples[4][0].ids)
     drawn = bench.drawing.draw(bench.samples[4][0].ids, PlanOptions().seed, 4)
@@ -299,6 +307,19 @@ def _timed(bench: Bench, backend: str, plans: Sequence[tuple[str, Planned]], rep
         )
 
 
+def _summary(found: Found) -> Iterator[str]:
+    """What was asked for in numbers."""
+    for name, correlation in found.correlations.items():
+        yield f"- rank correlation of the estimates with ops measured alone (asked 0.8), {name}: {correlation}"
+    hard = [one for one in found.rows if "planted" in one.student]
+    for steps in STEPS:
+        naive_db = [one.psnr_db for one in hard if one.steps == steps and one.row.startswith("naive")]
+        plan_db = [one.psnr_db for one in hard if one.steps == steps and "plan for" in one.row]
+        if naive_db and plan_db:
+            gain = plan_db[0] - naive_db[0]
+            yield f"- planted outliers, {steps} steps: {naive_db[0]} dB naive, {plan_db[0]} planned: {gain:+.1f} dB"
+
+
 def _markdown(found: Found) -> str:
     lines = ["# Precision plans of the `shapes` student", ""]
     lines += [f"- {name}: {value}" for name, value in found.settings.items()]
@@ -307,6 +328,8 @@ def _markdown(found: Found) -> str:
         "Asked: alignment within 1 point of float, conditioning within 5 %, PSNR >= 30 dB, at <= 0.30x the fp32 bytes.",
         f"Planted: channels {FACTOR:g} times as large, in a student of the same function; asked: a plan is 8 dB better",
         "than naive whole-int8.",
+        "",
+        *_summary(found),
         "",
         "| student | how | steps | alignment | conditioning | PSNR dB | bytes / fp32 |",
         "|---|---|---:|---:|---:|---:|---:|",
