@@ -100,7 +100,7 @@ class ExecuTorchBackend:
             raise EdgegenError(f"`{request.component}` cannot be lowered to ExecuTorch: {reason(error)}") from error
         check_product(request.component, path)
         self.load(path, request.inputs, request.outputs).close()
-        int8 = quantized_details(path.read_bytes(), partitioned, request.quantized)
+        int8 = quantized_details(path.read_bytes(), program, partitioned, request.quantized)
         details = int8 | {
             "delegate": DELEGATE,
             "method": METHOD,

@@ -3,7 +3,8 @@
 The graph that is lowered carries quantize and dequantize ops already; XNNPACK's partitioner takes a convolution or
 linear together with those around it. What it serialised is read back from the `.pte`, delegate by delegate: each value
 of an XNNPACK graph has a datatype, and an op runs in int8 when its input, weight and output are integers, or, with
-ranges that are taken when it runs, when its input and weight are.
+ranges that are taken when it runs, when its input and weight are. Which op of the plan it is its weight says: ops have
+no names in the file, but the codes and scales of each are there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,24 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import Node
 
+    from edgegen.lower.stored_weight import StoredWeight
+
 GEMMS = ("XNNConv2d", "XNNDepthwiseConv2d", "XNNConvTranspose2d", "XNNFullyConnected")
 CODES = ("xnn_datatype_qint8",)
 WEIGHT_CODES = ("xnn_datatype_qcint8", "xnn_datatype_qint8")
 DYNAMIC_CODES = ("xnn_datatype_qdint8", "xnn_datatype_qpint8")
+
+
+@dataclass(frozen=True)
+class DelegateOp:
+    """A convolution or linear of a delegate: its arithmetic, in a plan's words or "float compute", and its weight."""
+
+    kind: str
+    arithmetic: str
+    codes: bytes
+    """Sorted: XNNPACK keeps them in an order of its own. Empty for what the file holds elsewhere, as float weights."""
+    scales: bytes
+    """float32, one for each output channel in order."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,7 @@ class DelegateOps:
     static: Counter[str]
     dynamic: Counter[str]
     floating: Counter[str]
+    each: tuple[DelegateOp, ...] = ()
 
     @property
     def int8(self) -> Counter[str]:
@@ -130,32 +146,65 @@ def misshapen(graph: Mapping[str, Any]) -> list[str]:
 
 def delegate_ops(content: bytes) -> DelegateOps:
     """Count the convolutions and linears in the delegates of a `.pte`, by the datatypes of what they read and give."""
-    found = DelegateOps(Counter(), Counter(), Counter())
+    held = _named_data(content)
+    each = []
     for graph in xnnpack_graphs(content):
         if wrong := misshapen(graph):
             raise EdgegenError(
                 "\n    ".join([f"{len(wrong)} ops of an XNNPACK delegate do not fit their values:", *wrong[:8]]),
                 hint="plan the ops around them as `fp32`; this is a defect of ExecuTorch's layout pass",
             )
-        types = _datatypes(graph)
+        types, weights = _datatypes(graph), _weights(graph, held)
         for node in graph["xnodes"]:
             kind, ids = node["xnode_union_type"], node["xnode_union"]
             if kind not in GEMMS:
                 continue
             given, weight, made = (types.get(ids[key], "") for key in ("input1_id", "filter_id", "output_id"))
+            arithmetic = "float compute"
             if weight in WEIGHT_CODES and given in CODES and made in CODES:
-                found.static[kind] += 1
+                arithmetic = "w8a8"
             elif weight in WEIGHT_CODES and given in DYNAMIC_CODES:
-                found.dynamic[kind] += 1
-            else:
-                found.floating[kind] += 1
+                arithmetic = "w8a8-dynamic"
+            each.append(DelegateOp(kind, arithmetic, *weights.get(ids["filter_id"], (b"", b""))))
+    by = {name: Counter(one.kind for one in each if one.arithmetic == name) for name in _ARITHMETIC}
+    return DelegateOps(*by.values(), each=tuple(each))
+
+
+_ARITHMETIC = ("w8a8", "w8a8-dynamic", "float compute")
+
+
+def _named_data(content: bytes) -> dict[str, bytes]:
+    """What a `.pte` holds beside its program, by key."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    named = deserialize_pte_binary(content).named_data
+    return {} if named is None else {key: bytes(named.buffers[at.buffer_index]) for key, at in named.pte_data.items()}
+
+
+def _weights(graph: Mapping[str, Any], held: Mapping[str, bytes]) -> dict[int, tuple[bytes, bytes]]:
+    """Codes, sorted, and scales of each int8 weight of a delegate, by the number of its value."""
+    entries = graph["constant_data"]
+    found = {}
+    for value in graph["xvalues"]:
+        tensor, scales = value["xvalue_union"], value["xvalue_union"].get("quant_params", {})
+        if "num_scales" not in scales:
+            continue
+        places = tensor["tensor_value"]["constant_buffer_idx"], scales["scale_buffer_idx"]
+        codes, numbers = (held.get(entries[at]["named_key"], b"") for at in places)
+        found[tensor["tensor_value"]["id_out"]] = np.sort(np.frombuffer(codes, np.int8)).tobytes(), numbers
     return found
 
 
-def check(content: bytes, edge: ExportedProgram, ops: Mapping[str, OpPlan]) -> DelegateOps:
+def check(
+    content: bytes,
+    edge: ExportedProgram,
+    ops: Mapping[str, OpPlan],
+    stored: Mapping[str, StoredWeight] | None = None,
+) -> DelegateOps:
     """What runs in int8 in a file; EdgegenError when that is less than `ops` say.
 
     `edge` is the partitioned graph that the file was made of: what is left outside of delegates is named from it.
+    `stored` are the ops' weights: each must be read by an op of its plan's arithmetic, not just by as many as planned.
     """
     found = delegate_ops(content)
     planned = Counter(op.precision for op in ops.values() if op.precision in COMPRESSED)
@@ -169,6 +218,12 @@ def check(content: bytes, edge: ExportedProgram, ops: Mapping[str, OpPlan]) -> D
             "\n    ".join([f"{len(left)} ops keep float compute between quantize and dequantize:", *left[:8]]),
             hint="give these ops `fp32` in the plan",
         )
+    wrong = [] if stored is None else _unlike(found.each, ops, stored)
+    if wrong:
+        raise EdgegenError(
+            "\n    ".join([f"{len(wrong)} ops do not run in the ExecuTorch program as they were planned:", *wrong[:8]]),
+            hint="give these ops `fp32` in the plan",
+        )
     for precision, missing in short.items():
         if missing > 0:
             raise EdgegenError(
@@ -179,12 +234,35 @@ def check(content: bytes, edge: ExportedProgram, ops: Mapping[str, OpPlan]) -> D
     return found
 
 
-def quantized_details(content: bytes, edge: ExportedProgram, ops: Mapping[str, OpPlan]) -> dict[str, str]:
-    """`int8_ops` and `compressed_weights` for `Lowered.details`, after `check`; nothing where nothing is planned."""
+def _unlike(each: Iterable[DelegateOp], ops: Mapping[str, OpPlan], stored: Mapping[str, StoredWeight]) -> list[str]:
+    """Planned ops whose weight no op of that arithmetic reads, in words; ops of equal weights count each."""
+    there = Counter((one.codes, one.scales, one.arithmetic) for one in each)
+    wrong = []
+    for name, weight in stored.items():
+        assert weight.scales is not None  # palettes were refused
+        codes, scales = np.sort(weight.codes, axis=None).tobytes(), weight.scales.reshape(-1).tobytes()
+        key = (codes, scales, ops[name].precision)
+        if there[key]:
+            there[key] -= 1
+            continue
+        others = [one for one in _ARITHMETIC if there[codes, scales, one]]
+        found = f"is read by an op in {others[0]}" if others else "is not in a delegate"
+        wrong.append(f"`{name}` is planned as {ops[name].precision}, and its weight {found}")
+    return wrong
+
+
+def quantized_details(
+    content: bytes, program: ExportedProgram, edge: ExportedProgram, ops: Mapping[str, OpPlan]
+) -> dict[str, str]:
+    """`int8_ops` and `compressed_weights` for `Lowered.details`, after `check`; nothing where nothing is planned.
+    `program` is the graph that was lowered, `edge` what it was partitioned to."""
+    from edgegen.lower.stored_weight import stored_weights
+
     planned = Counter(op.precision for op in ops.values() if op.precision in COMPRESSED)
     if not planned:
         return {}
-    return {"int8_ops": _told(check(content, edge, ops).int8), "compressed_weights": _told(planned)}
+    found = check(content, edge, ops, stored_weights(program, ops))
+    return {"int8_ops": _told(found.int8), "compressed_weights": _told(planned)}
 
 
 def outside(edge: ExportedProgram) -> list[str]:

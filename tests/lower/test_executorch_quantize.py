@@ -72,7 +72,7 @@ def test_layouts_that_do_not_fit_are_found_in_the_file(int8, monkeypatch):
     assert misshapen(graphs[0]) == ["XNNSubtract of [1, 12, 10, 10] and [1, 1, 1, 12] giving [1, 10, 10, 12]"]
     monkeypatch.setattr(executorch_quantize, "xnnpack_graphs", lambda content: iter(graphs))
     with pytest.raises(EdgegenError, match="do not fit their values"):
-        delegate_ops(b"")
+        delegate_ops(int8.path.read_bytes())
 
 
 def test_each_reader_gets_a_dequantize_and_numbers_stay(every_op, int8):
@@ -98,6 +98,26 @@ def test_an_op_that_stays_float_is_found_out(every_op, int8, tmp_path):
     assert check(made.path.read_bytes(), empty, fewer).static.total() == 10
     with pytest.raises(EdgegenError, match="1 of 11 ops that are planned as w8a8 run in float"):
         check(made.path.read_bytes(), empty, int8.ops)
+
+
+def test_another_op_in_its_place_does_not_count(every_op, tmp_path):
+    """As many ops as planned run in int8, and one of them is not the planned one: its weight says so."""
+    first, second = [name for name, op in every_op.plan("w8a8").items() if op.op == "conv"][:2]
+    whole = {name: op for name, op in every_op.plan("w8a8").items() if op.op != "matmul"}
+    there, asked = ({name: op for name, op in whole.items() if name != left} for left in (first, second))
+    made = lower(every_op, there, tmp_path)
+    content, empty = made.path.read_bytes(), every_op.program
+    from edgegen.lower.stored_weight import stored_weights
+    from edgegen.precision.quantize import quantized
+
+    assert check(content, empty, there, stored_weights(made.program, there)).static.total() == 11
+    stored = stored_weights(quantized(every_op.program, asked), asked)
+    check(content, empty, asked)  # counted alone nothing is missing
+    with pytest.raises(EdgegenError, match=f"`{first}` is planned as w8a8, and its weight is not in a delegate"):
+        check(content, empty, asked, stored)
+    dynamic = {name: op.model_copy(update={"precision": "w8a8-dynamic"}) for name, op in there.items()}
+    with pytest.raises(EdgegenError, match="is read by an op in w8a8"):
+        check(content, empty, dynamic, stored_weights(made.program, there))
 
 
 def test_float_compute_between_dequantize_and_quantize_is_named(int8):
