@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -91,15 +92,23 @@ def with_plan(truth: Reference, realised: Realised, student: Student, recipe: Re
     samples = {name: truth.samples[name] for name in plans}
     planned = fake_quant_reference(programs, plans, samples)
     moved = fake_quant_reference(programs, plans, samples, moved=True)
+    halves = {name: part for name, part in plans.items() if part.float_precision == "fp16"}
+    halved = fake_quant_reference(programs, halves, {name: samples[name] for name in halves}, half=True)
     bounds = {
         name: PlanBound(
             stability_db=_worst(planned[name], moved[name]),
             float_db=_worst(samples[name], planned[name]),
             asked_db=PLAN_FLOAT32_DB if part.float_precision == "fp32" else None,
+            half_db=_finite(_worst(planned[name], halved[name])) if name in halves else None,
         )
         for name, part in plans.items()
     }
     return replace(truth, planned=planned, bounds=bounds)
+
+
+def _finite(value: float) -> float | None:
+    """None for what float16 cannot hold without the repairs that a target's passes make: it says nothing then."""
+    return value if math.isfinite(value) else None
 
 
 def _worst(expected: Sequence[Sample], found: Sequence[Sample]) -> float:

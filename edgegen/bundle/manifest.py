@@ -159,6 +159,9 @@ class PlanBound(_Model):
     asked_db: float | None = None
     """What an artifact is asked to reach of the fake-quant reference where that repeats itself better; None: what the
     gates ask of every plan."""
+    half_db: float | None = None
+    """What the reference keeps of its own numbers where float16 rounds what is float between its codes, and so flips
+    codes; None in float32."""
 
 
 class PlanRecord(_Model):

@@ -166,8 +166,8 @@ def delegate_ops(content: bytes) -> DelegateOps:
             elif weight in WEIGHT_CODES and given in DYNAMIC_CODES:
                 arithmetic = "w8a8-dynamic"
             each.append(DelegateOp(kind, arithmetic, *weights.get(ids["filter_id"], (b"", b""))))
-    by = {name: Counter(one.kind for one in each if one.arithmetic == name) for name in _ARITHMETIC}
-    return DelegateOps(*by.values(), each=tuple(each))
+    static, dynamic, floating = (Counter(one.kind for one in each if one.arithmetic == name) for name in _ARITHMETIC)
+    return DelegateOps(static, dynamic, floating, tuple(each))
 
 
 _ARITHMETIC = ("w8a8", "w8a8-dynamic", "float compute")

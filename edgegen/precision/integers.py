@@ -25,10 +25,16 @@ _EXACT = 2.0**24
 """Below it float32 holds every whole number."""
 
 
-def evaluate_integers(program: ExportedProgram, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Outputs of `program` on `inputs`, as `edgegen.graph.evaluate` gives them but for that arithmetic."""
+def evaluate_integers(
+    program: ExportedProgram, inputs: Mapping[str, Tensor], *, half: bool = False
+) -> tuple[Tensor, ...]:
+    """Outputs of `program` on `inputs`, as `edgegen.graph.evaluate` gives them but for that arithmetic.
+
+    `half`: every float that an op computes, reads as a weight or is given is rounded to float16, and computed with in
+    float32; what lies between the codes of an int8 op is not, and neither are scales.
+    """
     with torch.no_grad():
-        outputs = _Run(program).run(*arguments(program, inputs), enable_io_processing=False)
+        outputs = _Run(program, half).run(*arguments(program, inputs), enable_io_processing=False)
     return tuple(outputs)
 
 
@@ -40,12 +46,17 @@ class _Sum(NamedTuple):
 
 
 class _Run(Interpreter):
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, program: ExportedProgram, half: bool) -> None:
         super().__init__(program.graph_module, garbage_collect_values=True)
+        self._half = half
         self._sums: dict[str, _Sum] = {}
         self._scales: dict[str, Tensor] = {}
 
     def run_node(self, node: Node) -> Any:
+        value = self._value(node)
+        return value.half().float() if self._half and _is_halved(node, value) else value
+
+    def _value(self, node: Node) -> Any:
         if node.target is qd.dequantize_per_channel.default:
             self._scales[node.name] = self.fetch_args_kwargs_from_env(node)[0][1].float()
         if node.target in (LINEAR, *CONVS) and _is_int8(node):
@@ -100,3 +111,19 @@ def _is_int8(node: Node) -> bool:
     if len(readers) == 1 and readers[0].target is aten.relu.default:
         readers = list(readers[0].users)
     return len(readers) == 1 and readers[0].target is qd.quantize_per_tensor.default
+
+
+def _is_halved(node: Node, value: Any) -> bool:
+    """Whether float16 arithmetic rounds `value`, that of `node`."""
+    if node.op == "output" or not isinstance(value, Tensor) or value.dtype is not torch.float32:
+        return False
+    quantizes = getattr(node.target, "namespace", "") == "quantized_decomposed"
+    parameters = node.op == "placeholder" and any(_reads_codes(user) for user in node.users)
+    return not quantizes and not parameters and not (node.target in (LINEAR, *CONVS) and _is_int8(node))
+
+
+def _reads_codes(node: Node) -> bool:
+    """A scale's reader, or an int8 op, whose bias is whole numbers."""
+    if getattr(node.target, "namespace", "") == "quantized_decomposed":
+        return node.target not in (qd.quantize_per_tensor.default,)
+    return node.target in (LINEAR, *CONVS) and _is_int8(node)

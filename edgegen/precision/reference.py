@@ -38,14 +38,16 @@ def fake_quant_reference(
     samples: Mapping[str, Sequence[Sample]],
     *,
     moved: bool = False,
+    half: bool = False,
 ) -> dict[str, tuple[Sample, ...]]:
     """`samples` of each component with the outputs that its plan gives on their inputs.
 
     `programs` are the canonical graphs that the plans were made on. A component without a plan, or with nothing
     compressed in it, keeps its samples. `moved`: with every float weight a millionth off, which says how well the plan
-    defines its own numbers. EdgegenError when an output is not finite.
+    defines its own numbers; `half`: with what is float between its codes rounded to float16, as devices have it.
+    EdgegenError when an output is not finite, in float32.
     """
-    return {name: _of_component(name, programs, plans.get(name), found, moved) for name, found in samples.items()}
+    return {name: _of_component(name, programs, plans.get(name), found, moved, half) for name, found in samples.items()}
 
 
 def _of_component(
@@ -54,13 +56,14 @@ def _of_component(
     plan: ComponentPlan | None,
     samples: Sequence[Sample],
     moved: bool,
+    half: bool,
 ) -> tuple[Sample, ...]:
     if plan is None or not plan.compressed:
         return tuple(samples)
     program = fake_quantized(programs[name], plan)
     if moved:
         program = _moved(program)
-    return tuple(replace(sample, outputs=_outputs(name, program, sample)) for sample in samples)
+    return tuple(replace(sample, outputs=_outputs(name, program, sample, half)) for sample in samples)
 
 
 def _moved(program: ExportedProgram) -> ExportedProgram:
@@ -81,10 +84,10 @@ def _scales(user: Node) -> bool:
     return getattr(user.target, "namespace", "") == "quantized_decomposed"
 
 
-def _outputs(name: str, program: ExportedProgram, sample: Sample) -> dict[str, Array]:
+def _outputs(name: str, program: ExportedProgram, sample: Sample, half: bool) -> dict[str, Array]:
     given = {key: torch.from_numpy(np.array(value)) for key, value in sample.inputs.items()}
-    values = [value.numpy() for value in evaluate_integers(program, given)]
-    if not all(np.isfinite(value).all() for value in values):
+    values = [value.numpy() for value in evaluate_integers(program, given, half=half)]
+    if not half and not all(np.isfinite(value).all() for value in values):
         raise EdgegenError(
             f"`{name}` under its plan gives NaN or infinity on {sample.label}", hint="make the plan again"
         )

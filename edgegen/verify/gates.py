@@ -43,22 +43,23 @@ PLAN_FLOAT_SLACK_DB = 1.0
 
 def required_of_plan(bound: PlanBound, threshold: float) -> float:
     """dB that an artifact must reach against the fake-quant reference: what the bound asks for, else `threshold`, or
-    what that reference repeats of itself where it is less."""
+    what that reference repeats of itself where it is less: under another order of sums, in float16 under its rounding.
+    """
     asked = threshold if bound.asked_db is None else bound.asked_db
-    return min(asked, bound.stability_db - PLAN_SLACK_DB)
+    repeats = bound.stability_db if bound.half_db is None else min(bound.stability_db, bound.half_db)
+    return min(asked, repeats - PLAN_SLACK_DB)
 
 
-def required_of_float(bound: PlanBound, half_db: float | None) -> float:
+def required_of_float(bound: PlanBound) -> float:
     """dB that an artifact must keep of the float student: what its plan keeps in float32, less `PLAN_FLOAT_SLACK_DB`.
 
-    In float16 the noise of that arithmetic comes on top, and powers of noises add: `half_db` is what it alone was
-    predicted to leave of the signal (emulated on the graph that was lowered); None for float32. A plan of 61 dB in an
-    arithmetic of 64 dB cannot keep more than 59.
+    In float16 the noise of that arithmetic comes on top, and powers of noises add: a plan of 61 dB whose numbers
+    float16 leaves at 64 dB cannot keep more than 59.
     """
     noise = math.pow(10.0, -bound.float_db / 10.0)
-    if half_db is not None:
-        noise += math.pow(10.0, -half_db / 10.0)
-    return (-10.0 * math.log10(noise) if noise > 0.0 else math.inf) - PLAN_FLOAT_SLACK_DB
+    if bound.half_db is not None:
+        noise += math.pow(10.0, -bound.half_db / 10.0)
+    return -10.0 * math.log10(max(noise, 1e-30)) - PLAN_FLOAT_SLACK_DB
 
 
 def meets(measured: float | None, required: float) -> bool:

@@ -122,7 +122,6 @@ def verify(
     executed_by: str | None = None,
     delegations: Mapping[str, Delegation] | None = None,
     predicted_db: Mapping[str, float] | None = None,
-    half_db: Mapping[str, float] | None = None,
     blame: Callable[[str, float], str | None] | None = None,
     on_picture: Callable[[Trajectory, Picture], None] | None = None,
 ) -> ParityReport:
@@ -130,8 +129,7 @@ def verify(
 
     A component missing from `executables` is LOWER_FAIL. `blame(component, sqnr gate)` is asked about each component
     that fails; `executed_by` names who executes the artifacts in place of their runtime, `predicted_db` what float16
-    arithmetic alone leaves of each component's signal, where artifacts are held to it; `half_db` the same wherever it
-    is known, which is what a plan's own loss is added to. `on_picture` is given every picture that the compiled loop
+    arithmetic alone leaves of each component's signal; `on_picture` is given every picture that the compiled loop
     draws. `gates` defaults to `default_gates()`.
     """
     gates = gates or default_gates()
@@ -142,7 +140,7 @@ def verify(
         missing = Unavailable(outcome=Outcome.LOWER_FAIL, reason="no artifact was made")
         bound = reference.bounds.get(name)
         least = threshold if bound is None else required_of_plan(bound, threshold)
-        part = _component(reference, name, executables.get(name, missing), least, (half_db or {}).get(name))
+        part = _component(reference, name, executables.get(name, missing), least)
         part = _with_delegation(part, delegations.get(name), gates.require_full_delegation)
         part = part.model_copy(update={"predicted_db": predicted_db.get(name)})
         if blame is not None and part.outcome is Outcome.MISMATCH:
@@ -184,7 +182,7 @@ def verify(
 
 
 def _component(
-    reference: Reference, name: str, executable: Executable | Unavailable, threshold: float, half_db: float | None
+    reference: Reference, name: str, executable: Executable | Unavailable, threshold: float
 ) -> ComponentParity:
     if isinstance(executable, Unavailable):
         return ComponentParity(component=name, outcome=executable.outcome, reason=executable.reason)
@@ -214,7 +212,7 @@ def _component(
         component=name, outcome=Outcome.MISMATCH, sqnr_db=lowest, required_db=threshold, outputs=outputs
     )
     if bound is not None:
-        least = required_of_float(bound, half_db)
+        least = required_of_float(bound)
         met = met and meets(to_float, least)
         found = found.model_copy(update={"float_db": to_float, "required_float_db": least})
     return found.model_copy(update={"outcome": Outcome.SUCCESS}) if met else found

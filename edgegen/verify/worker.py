@@ -188,7 +188,6 @@ def work(job: VerifyJob) -> Verified:
         delegations=job.delegations,
         # Who else rounds to float16 where is not known well enough to be held to a prediction.
         predicted_db=job.predicted_db if isinstance(backend, Evaluated) else {},
-        half_db=job.predicted_db,
         on_picture=keep,
     )
     running = {name: one for name, one in executables.items() if not isinstance(one, Unavailable)}

@@ -88,3 +88,26 @@ def test_float_ops_are_as_they_were():
         graph = quantized(program, {site.node: op})
         (wanted,), (found,) = evaluate(graph, {"input": x}), evaluate_integers(graph, {"input": x})
         assert torch.equal(wanted, found)
+
+
+def test_float16_rounds_floats_and_no_codes():
+    """An int8 op alone gives the codes that it gives of the same input; a float op before it moves some of them."""
+    torch.manual_seed(2)
+    module, x = Block(8).eval(), torch.randn(1, 8, 20, 20)
+    program = torch.export.export(module, (x,))
+    (site,) = sites(program).values()
+    op = OpPlan(op="conv", precision="w8a8", input=INPUT, output=OUTPUT)
+    graph = quantized(program, {site.node: op})
+    (exact,), (half,) = (
+        evaluate_integers(graph, {"x": x.half().float()}),
+        evaluate_integers(graph, {"x": x.half().float()}, half=True),
+    )
+    step = activation_qparams(OUTPUT).scale
+    assert float((half - exact).abs().max()) <= 1e-3 * float(exact.abs().max()) < step, "the output's own rounding"
+    (moved,) = evaluate_integers(graph, {"x": x}, half=True)
+    (whole,) = evaluate_integers(graph, {"x": x})
+    flipped = float(((moved - whole).abs() > step / 2).float().mean())
+    assert 0 < flipped < 0.05
+    (plain,) = evaluate(program, {"x": x})
+    (rounded,) = evaluate_integers(program, {"x": x}, half=True)
+    assert torch.equal(rounded, rounded.half().float()) and not torch.equal(rounded, plain)

@@ -8,7 +8,7 @@ from torch_executable import Prepared, TorchExecutable, torch_executables
 from edgegen.bundle.manifest import PlanBound
 from edgegen.errors import GateError
 from edgegen.lower.backend import Delegation
-from edgegen.verify.gates import check, default_gates, require, required_of_float
+from edgegen.verify.gates import check, default_gates, require, required_of_float, required_of_plan
 from edgegen.verify.outcome import ComponentParity, Outcome, ParityReport, SensitivityStep, Unavailable
 from edgegen.verify.parity import compiled_run, load_executables, verify
 from edgegen.verify.worker import PREDICTED, predicted_db
@@ -351,10 +351,18 @@ def test_float16_is_held_to_what_its_arithmetic_predicts(measured, failed):
 def test_a_plan_in_float16_loses_what_both_lose():
     """Noises add as powers; float32 adds nothing, and a plan that loses little leaves float16's own loss."""
     bound = PlanBound(stability_db=100.0, float_db=60.0)
-    assert required_of_float(bound, None) == pytest.approx(59.0)
-    assert required_of_float(bound, 60.0) == pytest.approx(60.0 - 3.0103 - 1.0, abs=1e-3)
-    assert required_of_float(bound, 90.0) == pytest.approx(59.0, abs=0.01)
-    assert required_of_float(PlanBound(stability_db=100.0, float_db=200.0), 62.0) == pytest.approx(61.0)
+    assert required_of_float(bound) == pytest.approx(59.0)
+    assert required_of_float(bound.model_copy(update={"half_db": 60.0})) == pytest.approx(55.99, abs=0.01)
+    assert required_of_float(bound.model_copy(update={"half_db": 90.0})) == pytest.approx(59.0, abs=0.01)
+    assert required_of_float(PlanBound(stability_db=1.0, float_db=200.0, half_db=62.0)) == pytest.approx(61.0)
+
+
+def test_a_plan_is_held_to_what_it_repeats_of_itself():
+    bound = PlanBound(stability_db=37.0, float_db=28.0)
+    assert required_of_plan(bound, 35.0) == 34.0
+    assert required_of_plan(bound.model_copy(update={"half_db": 31.0}), 35.0) == 28.0
+    assert required_of_plan(bound.model_copy(update={"half_db": 90.0}), 35.0) == 34.0
+    assert required_of_plan(PlanBound(stability_db=90.0, float_db=50.0, half_db=80.0), 35.0) == 35.0
 
 
 @pytest.mark.parametrize(("text", "expected"), [("57.31", 57.31), ("nan", None), ("inf", None), ("<b>", None)])

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -110,10 +111,10 @@ class Trainer:
         after = self._scheduled(plans, replace(before, tensors=_merged(before.tensors, tensors), schedule={}))
         worth = self._judged(plans, before), self._judged(plans, after)
         self.progress.advance()
-        decibels = {"before_db": psnr(worth[0].loss), "after_db": psnr(worth[1].loss)}
+        decibels: dict[str, Any] = {"before_db": psnr(worth[0].loss), "after_db": psnr(worth[1].loss)}
         reason = worth[1].spoils(worth[0])
         if reason:
-            return _left(planned, Repair(name="qat", where=where, **decibels, reason=reason))
+            return _left(planned, Repair(name="qat", where=where, reason=reason, **decibels))
         measured = self._measured(plans, before), self._measured(plans, after)
         self.progress.advance()
         if measured[0].keeps(self.budget) and not measured[1].keeps(self.budget):
