@@ -119,6 +119,10 @@ class Progress(Protocol):
         """A line worth keeping."""
         ...
 
+    def status(self, text: str) -> None:
+        """How the open stage stands: shown beside its bar until the next one, where there is a bar."""
+        ...
+
 
 @contextmanager
 def progress(*, quiet: bool = False) -> Iterator[Progress]:
@@ -148,6 +152,8 @@ class _Silent:
 
     def note(self, text: str) -> None: ...
 
+    def status(self, text: str) -> None: ...
+
     def close(self, *, finished: bool) -> None: ...
 
 
@@ -171,6 +177,8 @@ class _Lines:
     def note(self, text: str) -> None:
         with self._lock:
             _stderr(f"  {clean(text)}")
+
+    def status(self, text: str) -> None: ...
 
     def close(self, *, finished: bool) -> None:
         with self._lock:
@@ -199,6 +207,7 @@ class _Bars:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("{task.fields[status]}", markup=False),
             console=Console(stderr=True, highlight=False, markup=False),
         )
         self._bars.start()
@@ -206,7 +215,7 @@ class _Bars:
     def stage(self, name: str, total: int) -> None:
         with self._lock:
             self._end()
-            self._task = self._bars.add_task(clean(name), total=total or None)
+            self._task = self._bars.add_task(clean(name), total=total or None, status="")
 
     def advance(self) -> None:
         with self._lock:
@@ -215,6 +224,11 @@ class _Bars:
 
     def note(self, text: str) -> None:
         self._bars.console.print(f"  {clean(text)}")
+
+    def status(self, text: str) -> None:
+        with self._lock:
+            if self._task is not None:
+                self._bars.update(self._task, status=clean(text))
 
     def close(self, *, finished: bool) -> None:
         with self._lock:

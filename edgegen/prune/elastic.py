@@ -1,0 +1,135 @@
+"""One checkpoint, several sizes: nested sub-networks whose weights are slices of the largest one's.
+
+Each step trains the largest, the smallest and one of those between (the sandwich rule of slimmable networks, Yu and
+Huang 2019, arXiv 1903.05134), each to answer as the teacher. A checkpoint keeps the cuts of its levels in its config;
+a level that is taken out is a pruned student as any other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from edgegen.errors import EdgegenError, UsageError
+from edgegen.prune.apply import pruned
+from edgegen.prune.training import Lessons
+from edgegen.students.pruning import Pruning
+from edgegen.students.reduce import positions_in, reduce
+from edgegen.students.student import Student
+
+Levels = Mapping[str, Mapping[str, Pruning]]
+"""Name -> component -> what is cut out of the network that the checkpoint holds; the largest first."""
+
+
+class Slice(nn.Module):
+    """A sub-network whose weights are slices of `whole`'s, differentiable in them.
+
+    It has no parameters of its own: `shape` is the network that `pruning` leaves, and only its form is used.
+    """
+
+    def __init__(self, whole: nn.Module, pruning: Pruning) -> None:
+        super().__init__()
+        shape = reduce(copy.deepcopy(whole), pruning, weights=True)
+        shape.requires_grad_(False)
+        # In a tuple, so that neither network is a part of this one and nothing is trained or saved twice.
+        self._held = (whole, shape)
+        self._cuts = {
+            name: [
+                (dim, positions_in(pruning.kept[index]).to(one.device)) for dim, index in pruning.cuts.get(name, {}).items()
+            ]
+            for name, one in shape.named_parameters()
+        }
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Of the sub-network: what is watched inside is watched there."""
+        return self._held[1].get_submodule(target)
+
+    @property
+    def shape(self) -> nn.Module:
+        """The network that is left, with weights that nobody keeps up to date."""
+        return self._held[1]
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """As the network that `pruning` leaves."""
+        whole = dict(self._held[0].named_parameters())
+        weights = {}
+        for name, cuts in self._cuts.items():
+            value: Tensor = whole[name]
+            for dim, kept in cuts:
+                value = value.index_select(dim, kept)
+            weights[name] = value
+        return functional_call(self._held[1], weights, inputs)
+
+
+@dataclass
+class Sandwich:
+    """Lessons of all levels of one network, each with a trajectory of its own; the largest first."""
+
+    levels: Sequence[Lessons]
+    seed: int
+    weights: tuple[float, ...] = field(default=())
+    """What the loss of each level counts; empty: all the same."""
+
+    def learn(self, index: int) -> Tensor:
+        chosen = [0, len(self.levels) - 1]
+        if len(self.levels) > 2:
+            generator = torch.Generator().manual_seed(self.seed + index)
+            chosen.insert(1, 1 + int(torch.randint(len(self.levels) - 2, (), generator=generator)))
+        return torch.stack([self.levels[one].learn(index) for one in dict.fromkeys(chosen)]).mean()
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{i}/{name}": value for i, one in enumerate(self.levels) for name, value in one.state().items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        for index, one in enumerate(self.levels):
+            prefix = f"{index}/"
+            one.restore({name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)})
+
+
+def check_nested(levels: Levels) -> None:
+    """EdgegenError unless every level is cut out of the one before it."""
+    names = list(levels)
+    for larger, smaller in zip(names, names[1:], strict=False):
+        for component in {*levels[larger], *levels[smaller]}:
+            outer = levels[larger].get(component, Pruning())
+            inner = levels[smaller].get(component, Pruning())
+            if not nested(outer, inner):
+                raise EdgegenError(
+                    f"level `{smaller}` is not cut out of `{larger}`: its {component} keeps what the larger one dropped",
+                    hint="choose the smaller level among what the larger one keeps",
+                )
+
+
+def nested(outer: Pruning, inner: Pruning) -> bool:
+    """Whether what `inner` keeps is among what `outer` keeps; both of the same network."""
+    if not outer.removed.keys() <= inner.removed.keys():
+        return False
+    gone = tuple(f"{path}." for path in inner.removed)
+    for name, dims in outer.cuts.items():
+        if gone and name.startswith(gone):
+            continue
+        for dim in dims:
+            large, small = outer.positions(name, dim), inner.positions(name, dim)
+            if small is None or large is None or not set(small) <= set(large):
+                return False
+    return True
+
+
+def at_level(student: Student, name: str) -> Student:
+    """The sub-network of `student` that its checkpoint calls `name`; UsageError where there is none of that name."""
+    levels = student.config.levels
+    if not levels:
+        raise UsageError(
+            f"student `{student.config.name}` has one size: its checkpoint holds no levels", hint="leave `--level` out"
+        )
+    if name not in levels:
+        known = ", ".join(f"`--level {one}`" for one in levels)
+        raise UsageError(f"student `{student.config.name}` has no level `{name}`", hint=f"use {known}")
+    alone = Student(student.config.model_copy(update={"levels": {}}), student.components, student.tokenizer_json)
+    return pruned(alone, levels[name])
