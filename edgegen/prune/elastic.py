@@ -9,15 +9,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from edgegen.cache import Cache
 from edgegen.errors import EdgegenError, UsageError
 from edgegen.prune.apply import pruned
+from edgegen.prune.heal import (
+    HEALED,
+    SEED,
+    Healing,
+    HealOptions,
+    Progress,
+    healing_fingerprint,
+    require_drawing,
+    save_weights,
+    with_modules,
+)
 from edgegen.prune.training import Lessons
 from edgegen.students.pruning import Pruning
 from edgegen.students.reduce import positions_in, reduce
@@ -40,9 +55,7 @@ class Slice(nn.Module):
         # In a tuple, so that neither network is a part of this one and nothing is trained or saved twice.
         self._held = (whole, shape)
         self._cuts = {
-            name: [
-                (dim, positions_in(pruning.kept[index]).to(one.device)) for dim, index in pruning.cuts.get(name, {}).items()
-            ]
+            name: [(dim, positions_in(pruning.kept[i]).to(one.device)) for dim, i in pruning.cuts.get(name, {}).items()]
             for name, one in shape.named_parameters()
         }
 
@@ -67,14 +80,60 @@ class Slice(nn.Module):
         return functional_call(self._held[1], weights, inputs)
 
 
+def heal_levels(teacher: Student, levels: Levels, options: HealOptions, cache: Cache, progress: Progress) -> Student:
+    """`teacher` with weights of which every level can be sliced, and `levels` in its config.
+
+    Kept in `cache`, where a run that was killed goes on. EdgegenError for levels that are not nested or students that
+    draw nothing.
+    """
+    require_drawing(teacher)
+    check_nested(levels)
+    names = [name for name in HEALED if any(name in cuts for cuts in levels.values())]
+    config = teacher.config.model_copy(update={"levels": {name: dict(cuts) for name, cuts in levels.items()}})
+    healing = Healing(teacher, teacher, options, cache, progress)
+    key = cache.key(
+        "heal-levels",
+        sources=healing_fingerprint(),
+        teacher=teacher.fingerprint,
+        levels=[
+            [name, {part: cut.model_dump(mode="json") for part, cut in cuts.items()}] for name, cuts in levels.items()
+        ],
+        options=options.plain(),
+        arithmetic=healing.arithmetic.plain(),
+        torch=torch.__version__,
+    )
+
+    def build(folder: Path) -> None:
+        state = cache.unfinished(key)
+        for name in names:
+            progress.stage(f"heal all sizes of the {name}", options.steps)
+            module = healing.arithmetic.placed(copy.deepcopy(teacher.components[name].module).train())
+            module.requires_grad_(True)
+            lessons = []
+            for cuts in levels.values():
+                cut = cuts.get(name, Pruning())
+                part = Slice(module, cut) if cut != Pruning() else module
+                lessons.append(healing.lesson(name, part, part.shape if isinstance(part, Slice) else part, cut))
+            sandwich = Sandwich(lessons, SEED)
+            course = healing.training(module, sandwich, options.steps, state / f"{name}.safetensors").run()
+            progress.note(f"{name}: {course.step} steps, {course.seconds:.0f} s, loss {course.loss:.4f}")
+            save_weights(module, folder / f"{name}.safetensors")
+
+    entry = cache.directory(key, build)
+    modules = {}
+    for name in names:
+        modules[name] = copy.deepcopy(teacher.components[name].module)
+        modules[name].load_state_dict(load_file(entry / f"{name}.safetensors"))
+    made = with_modules(teacher, modules)
+    return Student(config, made.components, made.tokenizer_json)
+
+
 @dataclass
 class Sandwich:
     """Lessons of all levels of one network, each with a trajectory of its own; the largest first."""
 
     levels: Sequence[Lessons]
     seed: int
-    weights: tuple[float, ...] = field(default=())
-    """What the loss of each level counts; empty: all the same."""
 
     def learn(self, index: int) -> Tensor:
         chosen = [0, len(self.levels) - 1]
@@ -95,13 +154,13 @@ class Sandwich:
 def check_nested(levels: Levels) -> None:
     """EdgegenError unless every level is cut out of the one before it."""
     names = list(levels)
-    for larger, smaller in zip(names, names[1:], strict=False):
+    for larger, smaller in pairwise(names):
         for component in {*levels[larger], *levels[smaller]}:
             outer = levels[larger].get(component, Pruning())
             inner = levels[smaller].get(component, Pruning())
             if not nested(outer, inner):
                 raise EdgegenError(
-                    f"level `{smaller}` is not cut out of `{larger}`: its {component} keeps what the larger one dropped",
+                    f"level `{smaller}` is not cut out of `{larger}`: its {component} keeps what that one dropped",
                     hint="choose the smaller level among what the larger one keeps",
                 )
 

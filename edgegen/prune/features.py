@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -33,10 +32,12 @@ class Tap:
 
 def taps(small: nn.Module, large: nn.Module, pruning: Pruning) -> tuple[Tap, ...]:
     """What can be held against each other; in the order in which `small` names its modules."""
-    there = dict(large.named_modules())
-    found = [_tap(path, one, pruning) for path, one in small.named_modules() if type(there.get(path)) is type(one)]
-    norms = [tap for tap in found if tap is not None and isinstance(there[tap.path], _NORMS)]
-    return tuple(norms) or tuple(tap for tap in found[1:] if tap is not None)
+    kinds = {path: one.__class__ for path, one in large.named_modules()}
+    found = [_tap(path, one, pruning) for path, one in small.named_modules() if kinds.get(path) is one.__class__]
+    seen = [tap for tap in found if tap is not None]
+    norms = tuple(tap for tap in seen if issubclass(kinds[tap.path], _NORMS))
+    # What goes into the first convolution is what went into the network.
+    return norms or tuple(seen[1:])
 
 
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -77,7 +78,7 @@ class Watch:
             self._handles.append(self.module.get_submodule(tap.path).register_forward_pre_hook(remember))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

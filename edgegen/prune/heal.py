@@ -8,6 +8,7 @@ contiguous layers): channels are cut out of what has learned to do without the b
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ from edgegen.students.pruning import Pruning
 from edgegen.students.reduce import reduce
 from edgegen.students.student import Component, Student
 
+HEALED = ("denoiser", "decoder")
 SEED = 500_000
 DEPTH_SHARE = 0.3
 """Of a network's steps, for learning to do without blocks before channels go."""
@@ -82,6 +84,10 @@ class HealOptions:
         if self.steps < 1 or self.batch < 1:
             raise EdgegenError("healing takes at least one step of one picture")
 
+    def plain(self) -> dict[str, float | int | None]:
+        """For a key."""
+        return dataclasses.asdict(self)
+
     def enough(self, found: Judged, of_teacher: float | None) -> bool:
         """Whether `found` keeps what is asked."""
         asked = [self.min_psnr is not None and found.psnr_db >= self.min_psnr] if self.min_psnr is not None else []
@@ -115,24 +121,28 @@ def heal(teacher: Student, pruned: Student, options: HealOptions, cache: Cache, 
     Kept in `cache`, where a run that was killed goes on. EdgegenError for students of which nothing was cut, or that
     draw nothing.
     """
-    names = [name for name in teacher.components if _cut(teacher, name) != _cut(pruned, name)]
-    names = [name for name in ("denoiser", "decoder") if name in names]
-    if teacher.config.sampler is None or teacher.config.conditioning is None:
-        raise EdgegenError(
-            f"student `{teacher.config.name}` draws no pictures: there is nothing to heal it by",
-            hint="leave `--heal` out",
-        )
+    require_drawing(teacher)
+    names = [name for name in HEALED if name in teacher.components and _cut(teacher, name) != _cut(pruned, name)]
     if not names:
         raise EdgegenError("nothing was cut out of the denoiser or the decoder: there is nothing to heal")
-    healing = _Healing(teacher, pruned, options, cache, progress)
+    healing = Healing(teacher, pruned, options, cache, progress)
     return healing.run(names)
+
+
+def require_drawing(student: Student) -> None:
+    """EdgegenError for a student that draws nothing."""
+    if student.config.sampler is None or student.config.conditioning is None:
+        raise EdgegenError(
+            f"student `{student.config.name}` draws no pictures: there is nothing to heal it by",
+            hint="leave `--heal` out",
+        )
 
 
 @memoize
 def healing_fingerprint() -> str:
     """sha256 over the sources that decide what is learned."""
     digest = hashlib.sha256()
-    for name in ("features", "heal", "judging", "lessons", "training"):
+    for name in ("elastic", "features", "heal", "judging", "lessons", "training"):
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()
 
@@ -142,7 +152,9 @@ def _cut(student: Student, name: str) -> Pruning:
 
 
 @dataclass
-class _Healing:
+class Healing:
+    """One run, and what its parts share."""
+
     teacher: Student
     pruned: Student
     options: HealOptions
@@ -156,20 +168,19 @@ class _Healing:
             sources=healing_fingerprint(),
             teacher=self.teacher.fingerprint,
             pruned=self.pruned.fingerprint,
-            options=[self.options.__dict__[one] for one in sorted(self.options.__dict__)],
-            arithmetic=[self.arithmetic.device.type, self.arithmetic.half],
+            options=self.options.plain(),
+            arithmetic=self.arithmetic.plain(),
             torch=torch.__version__,
         )
 
         def build(folder: Path) -> None:
             state = self.cache.unfinished(key)
             for name in names:
-                self._alone(name, state)
+                self.alone(name, state)
             if len(names) > 1:
                 self._together(names, state)
             for name in names:
-                tensors = {key: value.detach().cpu().contiguous() for key, value in self._modules[name].state_dict().items()}
-                save_file(tensors, folder / f"{name}.safetensors")
+                save_weights(self.modules[name], folder / f"{name}.safetensors")
             said = [(one.component, one.phase, one.course.model_dump(mode="json")) for one in self.lessons]
             (folder / "lessons.json").write_text(json.dumps(said))
 
@@ -196,7 +207,7 @@ class _Healing:
         return Judge(self.teacher, self.prompts)
 
     @cached_property
-    def _modules(self) -> dict[str, nn.Module]:
+    def modules(self) -> dict[str, nn.Module]:
         """What was trained so far."""
         return {}
 
@@ -209,7 +220,7 @@ class _Healing:
         }
         return with_modules(self.teacher, moved)
 
-    def _alone(self, name: str, state: Path) -> None:
+    def alone(self, name: str, state: Path) -> None:
         cut = between(self.teacher.config.components[name].pruning, _cut(self.pruned, name))
         module = copy.deepcopy(self.pruned.components[name].module)
         steps = self.options.steps
@@ -220,7 +231,7 @@ class _Healing:
             module = self._course(name, "depth", module, depth, first, state, judged=False)
             module = reduce(module.cpu(), Pruning(kept=cut.kept, cuts=cut.cuts), weights=True)
             steps = max(1, steps - first)
-        self._modules[name] = self._course(name, "width" if cut.cuts else "depth", module, cut, steps, state)
+        self.modules[name] = self._course(name, "width" if cut.cuts else "depth", module, cut, steps, state)
 
     def _course(
         self, name: str, phase: str, module: nn.Module, cut: Pruning, steps: int, state: Path, judged: bool = True
@@ -228,34 +239,36 @@ class _Healing:
         """`module` after a course alone."""
         self.progress.stage(f"heal the {name}: {phase}", steps)
         module = self.arithmetic.placed(module.train().requires_grad_(True))
-        lessons = self._lessons(name, module, cut)
-        training = Training(
-            module,
-            lessons,
-            steps,
-            self.options.rate,
-            self.options.ema,
-            self.progress,
-            state / f"{name}-{phase}.safetensors",
-            (lambda: self._judged({name: module})) if judged else None,
-            lambda found: self.options.enough(found, self.judge.of_teacher),
-            self.options.judge_every,
-        )
-        self._taken(name, phase, training.run())
+        lessons = self.lesson(name, module, module, cut)
+        training = self.training(module, lessons, steps, state / f"{name}-{phase}.safetensors")
+        if judged:
+            training.judge = lambda: self.judged({name: module})
+            training.enough = lambda found: self.options.enough(found, self.judge.of_teacher)
+        self.taken(name, phase, training.run())
         return module.eval()
 
-    def _taken(self, component: str, phase: str, course: Course) -> None:
+    def training(self, module: nn.Module, lessons: Lessons, steps: int, state: Path) -> Training:
+        """With these options."""
+        options = self.options
+        return Training(
+            module, lessons, steps, options.rate, options.ema, self.progress, state, judge_every=options.judge_every
+        )
+
+    def taken(self, component: str, phase: str, course: Course) -> None:
+        """Remember and say what a course did."""
         self.lessons.append(Lesson(component, phase, course))
         said = f"; {course.judged[-1][1].said()}" if course.judged else ""
         self.progress.note(f"{component}, {phase}: {course.step} steps, {course.seconds:.0f} s{said}")
 
-    def _pair(self, name: str, module: nn.Module, cut: Pruning) -> Pair:
+    def pair(self, name: str, module: nn.Module, shape: nn.Module, cut: Pruning) -> Pair:
+        """`module` against the teacher's component; `shape` is the network in it, where it is a slice of another."""
         part = self._teacher.components[name]
-        watched = taps(module, part.module, cut) if self.options.features else ()
+        watched = taps(shape, part.module, cut) if self.options.features else ()
         return Pair(part, module, watched, self.arithmetic, takes_batches(self.teacher.components[name]))
 
-    def _lessons(self, name: str, module: nn.Module, cut: Pruning) -> Lessons:
-        pair, options = self._pair(name, module, cut), self.options
+    def lesson(self, name: str, module: nn.Module, shape: nn.Module, cut: Pruning) -> Lessons:
+        """What the network of component `name` learns from."""
+        pair, options = self.pair(name, module, shape, cut), self.options
         if name == "denoiser":
             return Walks(self._teacher, pair, self.prompts.learning, options.batch, SEED, options.features)
         return Decoded(pair, self._latents, max(1, options.batch // 2), SEED, options.features)
@@ -263,43 +276,38 @@ class _Healing:
     @cached_property
     def _latents(self) -> Tensor:
         part = self.teacher.components["denoiser"]
-        each = count(capture(part)).macs * max(self.teacher.config.sampler.times) if self.teacher.config.sampler else 1
+        assert self.teacher.config.sampler is not None
+        each = count(capture(part)).macs * max(self.teacher.config.sampler.times)
         number = int(min(POOL, max(8, POOL_MACS / max(1, each))))
-        return drawn_latents(self._teacher, self.prompts.learning, number, SEED - 1, self.arithmetic, self.options.batch)
+        return drawn_latents(
+            self._teacher, self.prompts.learning, number, SEED - 1, self.arithmetic, self.options.batch
+        )
 
     def _together(self, names: Sequence[str], state: Path) -> None:
         steps = max(1, round(JOINT_SHARE * self.options.steps))
         self.progress.stage("heal both together", steps)
-        both = nn.ModuleDict({name: self._modules[name].train() for name in names})
+        both = nn.ModuleDict({name: self.modules[name].train() for name in names})
         cuts = {name: between(self.teacher.config.components[name].pruning, _cut(self.pruned, name)) for name in names}
-        pairs = {name: self._pair(name, both[name], cuts[name]) for name in names}
+        pairs = {name: self.pair(name, both[name], both[name], cuts[name]) for name in names}
+        options, prompts = self.options, self.prompts.learning
         lessons = Walks(
-            self._teacher,
-            pairs["denoiser"],
-            self.prompts.learning,
-            self.options.batch,
-            SEED * 2,
-            self.options.features,
-            pairs["decoder"],
+            self._teacher, pairs["denoiser"], prompts, options.batch, 2 * SEED, options.features, pairs["decoder"]
         )
-        training = Training(
-            both,
-            lessons,
-            steps,
-            JOINT_RATE * self.options.rate,
-            self.options.ema,
-            self.progress,
-            state / "both.safetensors",
-            lambda: self._judged({name: both[name] for name in names}),
-            judge_every=self.options.judge_every,
-        )
-        self._taken("both", "together", training.run())
+        training = self.training(both, lessons, steps, state / "both.safetensors")
+        training.rate *= JOINT_RATE
+        training.judge = lambda: self.judged({name: both[name] for name in names})
+        self.taken("both", "together", training.run())
         both.eval()
 
-    def _judged(self, modules: Mapping[str, nn.Module]) -> Judged:
+    def judged(self, modules: Mapping[str, nn.Module]) -> Judged:
         """The student with `modules` in place of the teacher's."""
         copies = {name: copy.deepcopy(one).cpu().eval() for name, one in modules.items()}
         return self.judge(with_modules(self.teacher, copies))
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Its state dict, as `.safetensors`."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}, path)
 
 
 def with_modules(student: Student, modules: Mapping[str, nn.Module]) -> Student:

@@ -41,7 +41,9 @@ def prompts_to_heal(student: Student) -> Prompts:
     if student.config.name == "shapes":
         one, two = training_scenes()
         chosen = random.Random(20260712)
-        judging = chosen.sample(one, round((1 - TWO_OBJECTS) * SCENES)) + chosen.sample(two, round(TWO_OBJECTS * SCENES))
+        judging = chosen.sample(one, round((1 - TWO_OBJECTS) * SCENES)) + chosen.sample(
+            two, round(TWO_OBJECTS * SCENES)
+        )
         hidden = set(judging)
         # Far more pairs than single objects: each of the latter is drawn as often as eight pairs.
         learning = [scene.prompt() for scene in one if scene not in hidden] * 8

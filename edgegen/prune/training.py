@@ -77,7 +77,8 @@ class Course(BaseModel):
     ended: str = ""
     """Why it ended before its last step."""
     seconds: float = 0.0
-    """Of all processes that worked at it."""
+    cpu_seconds: float = 0.0
+    """Of all processes that worked at it, as both."""
 
 
 class Shown(Protocol):
@@ -114,6 +115,7 @@ class Training:
         average = {name: one.detach().clone() for name, one in parameters.items()}
         self._resume(parameters, optimiser, average)
         course, started = self.course, time.monotonic() - self.course.seconds
+        worked = time.process_time() - course.cpu_seconds
         for _ in range(course.step):
             self.shown.advance()
         written, first, began = time.monotonic(), course.step, time.monotonic()
@@ -126,7 +128,7 @@ class Training:
             judged = course.step % self.judge_every == 0 or course.step == self.steps
             if judged and self.judge is not None:
                 self._compare(parameters, average)
-            course.seconds = time.monotonic() - started
+            course.seconds, course.cpu_seconds = time.monotonic() - started, time.process_time() - worked
             if judged or time.monotonic() - written > SAVED_EVERY:
                 self._write(parameters, optimiser, average)
                 written = time.monotonic()

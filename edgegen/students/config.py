@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.students.pruning import Pruning
 from edgegen.students.sampler import SamplerConfig
+
+LEVEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 class ComponentConfig(BaseModel):
@@ -76,6 +79,27 @@ class StudentConfig(BaseModel):
     example_prompts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     """What a reader must know of the checkpoint itself, such as that nothing in it was trained."""
+
+    levels: dict[str, dict[str, Pruning]] = {}
+    """Sizes that this checkpoint holds, the largest first: name -> component -> what is cut out of the network that is
+    stored. `edgegen.prune.elastic` trains them and takes one out."""
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> StudentConfig:
+        for level, cuts in self.levels.items():
+            unknown = [name for name in cuts if name not in self.components]
+            if unknown or not LEVEL_NAME.fullmatch(level):
+                what = f"cuts component `{unknown[0][:80]}`, which is not there" if unknown else "is no name"
+                raise ValueError(f"level `{level[:80]}` {what}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_levels(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # As of `pruning`: what has one size is written as before there were several.
+        data: dict[str, Any] = handler(self)
+        if not self.levels:
+            del data["levels"]
+        return data
 
     @property
     def conditioning(self) -> str | None:

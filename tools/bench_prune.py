@@ -1,0 +1,421 @@
+"""What pruning and healing make of the `shapes` student: quality, latency, bytes, against cutting every layer alike.
+
+    python tools/bench_prune.py --work runs/prune --markdown docs/benchmarks/prune-shapes.md
+
+Four parts, in this order; each writes what it found before the next begins, and what was found for the same student
+with the same settings is not made again (`--again` forgets it). Healing that was killed goes on where it was.
+
+- asked: the denoiser without 40 % of its MACs, the decoder without half of its own, healed.
+- half: 50 % of both, chosen by `edgegen prune` and by the norm of weights at one ratio for every space (`uniform`),
+  each healed for the same few steps.
+- small: the student that is quantized afterwards, `--small` of both networks' MACs, healed.
+- bundles: what was asked, and the small one with a precision plan, built for this machine and drawn with in turns with
+  a bundle of the float original; run it when nothing else runs.
+
+Alignment is over all 432 held-back prompts, through torch for students and through its own artifacts for a bundle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from edgegen.prune.assemble import Options, assemble
+from edgegen.prune.find import spaces
+from edgegen.prune.importance import magnitude, scores
+from edgegen.prune.levels import keep
+from edgegen.prune.search import search
+from pydantic import BaseModel
+from turns import WARM_UP, settings_of
+
+from edgegen.bundle.open import open_bundle
+from edgegen.bundle.run import Runtime
+from edgegen.cache import Cache
+from edgegen.graph.capture import capture
+from edgegen.graph.count import count
+from edgegen.prune.apply import pruned
+from edgegen.prune.heal import HealOptions, heal
+from edgegen.prune.space import Spaces, to_pruning
+from edgegen.students.checkpoint import save_pt
+from edgegen.students.load import load
+from edgegen.students.sample import draw_many
+from edgegen.students.shapes import family
+from edgegen.students.shapes.evaluate import evaluate, subject_for
+from edgegen.students.student import Student
+from edgegen.targets import load_target
+
+PARTS = ("asked", "half", "small", "bundles")
+TARGET = "linux-x86"
+BACKENDS = ("tflite", "executorch")
+STEPS = (4, 1)
+CUT = ("denoiser", "decoder")
+ASKED = {"denoiser": 0.6, "decoder": 0.5}
+HALF = {"denoiser": 0.5, "decoder": 0.5}
+
+
+class Row(BaseModel):
+    """One student. `macs`, `parameters`: shares of the original's, by component; `alignment` by sampling steps."""
+
+    key: str
+    name: str
+    heal_steps: int
+    macs: dict[str, float]
+    parameters: dict[str, float]
+    alignment: dict[int, float]
+    psnr_db: float
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """Of healing; both are of all processes that worked at it."""
+
+
+class Timed(BaseModel):
+    """One bundle on one backend; milliseconds are medians, by stage and of a whole picture of four steps."""
+
+    key: str
+    name: str
+    backend: str
+    ms: dict[str, float]
+    bytes: int
+    alignment: dict[int, float]
+
+
+class Found(BaseModel):
+    """Everything, as it lies in the folder of work."""
+
+    rows: list[Row] = []
+    timed: list[Timed] = []
+
+
+class Lines:
+    """Progress as lines on stderr."""
+
+    def __init__(self) -> None:
+        self.said = 0.0
+
+    def stage(self, name: str, total: int) -> None:
+        print(f"  {name}", file=sys.stderr, flush=True)
+
+    def advance(self) -> None: ...
+
+    def note(self, text: str) -> None:
+        print(f"  {text}", file=sys.stderr, flush=True)
+
+    def status(self, text: str) -> None:
+        if time.monotonic() - self.said > 30:
+            self.said = time.monotonic()
+            print(f"    {text}", file=sys.stderr, flush=True)
+
+
+class Bench:
+    """The student, and a folder in which everything about it is found again."""
+
+    def __init__(self, work: Path, limit: int | None) -> None:
+        self.student = load(family.WEIGHTS)
+        self.work, self.limit = work, limit
+        work.mkdir(parents=True, exist_ok=True)
+        self.cache = Cache(work / "cache")
+        path = work / "found.json"
+        self.found = Found.model_validate_json(path.read_text()) if path.is_file() else Found()
+
+    def write(self) -> None:
+        beside = self.work / "found.tmp"
+        beside.write_text(self.found.model_dump_json(indent=1))
+        beside.replace(self.work / "found.json")
+
+    def row(self, name: str, student: Student, heal_steps: int, seconds: float = 0.0, cpu: float = 0.0) -> Row:
+        key = f"{student.fingerprint}-{self.limit}-{heal_steps}"
+        for one in self.found.rows:
+            if one.key == key:
+                one.name = name
+                return one
+        alignment, decibels = {}, 0.0
+        for steps in STEPS:
+            print(f"  {name}: draw the held-back prompts in {steps} steps", file=sys.stderr, flush=True)
+            alignment[steps] = evaluate(partial(draw_many, student, steps=steps), steps, self.limit).alignment
+        decibels = self.psnr(student)
+        made = Row(
+            key=key,
+            name=name,
+            heal_steps=heal_steps,
+            macs=shares(student, self.student, macs),
+            parameters=shares(student, self.student, parameters),
+            alignment=alignment,
+            psnr_db=decibels,
+            seconds=seconds,
+            cpu_seconds=cpu,
+        )
+        self.found.rows.append(made)
+        self.write()
+        print(made, file=sys.stderr, flush=True)
+        return made
+
+    def psnr(self, student: Student) -> float:
+        """Of pictures of calibration prompts against the original's, dB."""
+        prompts = list(self.student.config.example_prompts) * 4
+        seeds = list(range(len(prompts)))
+        steps = STEPS[0]
+        made = [np.stack(list(draw_many(one, prompts, seeds, steps))) for one in (student, self.student)]
+        return float(10 * np.log10(4 / max(1e-12, float(np.square(made[0] - made[1]).mean()))))
+
+    def healed(self, name: str, cut: Student, steps: int) -> Student:
+        """Before and after, as rows; what comes out is saved as a checkpoint too."""
+        self.row(f"{name}, not healed", cut, 0)
+        print(f"{name}: heal", file=sys.stderr, flush=True)
+        made = heal(self.student, cut, HealOptions(steps=steps), self.cache, Lines())
+        seconds = sum(one.course.seconds for one in made.lessons)
+        cpu = sum(one.course.cpu_seconds for one in made.lessons)
+        self.row(name, made.student, steps, seconds, cpu)
+        return made.student
+
+    def chosen(self, wanted: Mapping[str, float]) -> Student:
+        """As `edgegen prune` cuts: measured losses under a cap on the MACs of each component."""
+        print("measure what may be cut", file=sys.stderr, flush=True)
+        found = assemble(
+            self.student,
+            load_target(TARGET),
+            BACKENDS[:1],
+            Options(components=CUT),
+            spaces,
+            partial(scores, self.student),
+            self.cache,
+            Lines(),
+        )
+        whole = found.whole.totals
+        caps = {f"macs {name}": share * whole[f"macs {name}"] for name, share in wanted.items()}
+        return found.pruned(search(replace(found.problem, caps=caps, minimise={"picture": 1.0})))
+
+    def uniform(self, wanted: Mapping[str, float]) -> Student:
+        """One ratio for every space of a component, the largest that keeps to the MACs; units of the least norm go."""
+        made = self.student
+        for name, share in wanted.items():
+            part = self.student.components[name]
+            found, whole = spaces(capture(part)), macs(self.student, name)
+            norms = magnitude(part, found)
+            for percent in range(100, 5, -1):
+                cut = to_pruning(found, alike(found, norms, percent / 100))
+                smaller = pruned(self.student, {name: cut})
+                if macs(smaller, name) <= share * whole:
+                    break
+            made = pruned(made, {name: cut})
+        return made
+
+
+def alike(found: Spaces, norms: Mapping[str, Sequence[float]], ratio: float) -> dict[str, tuple[int, ...]]:
+    """Of every space, the legal number of units that is nearest to `ratio` of all."""
+    chosen = {}
+    for space in found.spaces:
+        number = min(space.counts, key=lambda one: (abs(one - ratio * space.count), one))
+        chosen[space.name] = keep(space, norms[space.name], number)
+    return chosen
+
+
+def macs(student: Student, name: str) -> float:
+    return count(capture(student.components[name])).macs
+
+
+def parameters(student: Student, name: str) -> float:
+    return sum(one.numel() for one in student.components[name].module.parameters())
+
+
+def shares(student: Student, original: Student, of: object) -> dict[str, float]:
+    assert callable(of)
+    return {name: round(of(student, name) / of(original, name), 4) for name in CUT}
+
+
+def edgegen(*arguments: str, cache: Path) -> None:
+    """The command as a user types it."""
+    call = [sys.executable, "-m", "edgegen.cli.main", *arguments]
+    print(f"  edgegen {' '.join(arguments)}", file=sys.stderr, flush=True)
+    subprocess.run(call, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "EDGEGEN_CACHE_DIR": str(cache)})
+
+
+def bundle(bench: Bench, name: str, student: Student, quantized: bool) -> Path:
+    """Built once for each student; a bundle is whole or not there."""
+    folder = bench.work / f"{name}-{student.fingerprint[:12]}"
+    if folder.is_dir():
+        return folder
+    checkpoint, plan = folder.with_suffix(".pt"), folder.with_suffix(".plan.toml")
+    save_pt(student, checkpoint)
+    target = ("--target", TARGET, "--backend", ",".join(BACKENDS))
+    if quantized:
+        edgegen("plan", str(checkpoint), *target, "-o", str(plan), cache=bench.work / "cache")
+        target = ("--target", TARGET, "--plan", str(plan))
+    edgegen("build", str(checkpoint), *target, "-o", str(folder), cache=bench.work / "cache")
+    return folder
+
+
+def in_turns(bench: Bench, folders: Mapping[str, Path], repeats: int) -> None:
+    """Pictures of every bundle, one after the other, again and again: a busy machine slows all of them down."""
+    prompt = bench.student.config.example_prompts[0]
+    for backend in BACKENDS:
+        opened = {name: Runtime(open_bundle(folder), backend) for name, folder in folders.items()}
+        taken: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
+        try:
+            for turn in range(WARM_UP + repeats):
+                for name, runtime in opened.items():
+                    timings = runtime.generate(prompt, turn, STEPS[0]).timings
+                    if turn >= WARM_UP:
+                        taken[name].append(by_stage(timings))
+        finally:
+            for runtime in opened.values():
+                runtime.close()
+        for name, folder in folders.items():
+            key = f"{folder.name}-{backend}-{repeats}"
+            held = [one for one in bench.found.timed if (one.name, one.backend) == (name, backend)]
+            known = next((one.alignment for one in held if one.key == key), None)
+            bench.found.timed = [one for one in bench.found.timed if one not in held]
+            made = Timed(
+                key=key,
+                name=name,
+                backend=backend,
+                ms={stage: statistics.median(one[stage] for one in taken[name]) * 1e3 for stage in taken[name][0]},
+                bytes=sum(one.stat().st_size for one in (folder / backend).rglob("*") if one.is_file()),
+                alignment=known or {},
+            )
+            bench.found.timed.append(made)
+            print(made, file=sys.stderr, flush=True)
+        bench.write()
+
+
+def by_stage(timings: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of one call of each network, and of the networks of one whole picture."""
+    denoiser = [value for stage, value in timings.items() if stage.startswith("denoiser.")]
+    stages = {
+        "text_encoder": timings["text_encoder"],
+        "denoiser": statistics.median(denoiser),
+        "decoder": timings["decoder"],
+    }
+    return {**stages, "picture": stages["text_encoder"] + sum(denoiser) + stages["decoder"]}
+
+
+def align(bench: Bench, folders: Mapping[str, Path]) -> None:
+    """What the artifacts themselves draw."""
+    for one in bench.found.timed:
+        for steps in STEPS:
+            if steps in one.alignment or one.name not in folders:
+                continue
+            drawer = subject_for(folders[one.name], steps, one.backend)
+            one.alignment[steps] = evaluate(drawer.draw, steps, bench.limit).alignment
+            print(
+                f"  {one.name}, {one.backend}, {steps} steps: {one.alignment[steps]:.4f}", file=sys.stderr, flush=True
+            )
+            bench.write()
+
+
+def markdown(found: Found, settings: Mapping[str, str]) -> str:
+    lines = ["# Pruned and healed: the `shapes` student", ""]
+    lines += [f"- {name}: {value}" for name, value in settings.items()]
+    lines += [
+        "",
+        "Asked: -40 % of the denoiser's MACs and -50 % of the decoder's at 1.5 points of alignment after at most 30",
+        "minutes of healing on two cores; at -50 %, 3 points more than uniform ratios with the same healing.",
+        "MACs and parameters are what is left, as a share. PSNR of 16 pictures against the original's.",
+        "",
+        "| student | healed, steps | minutes | of CPU | denoiser MACs | decoder MACs | parameters | alignment, 4 steps "
+        "| 1 step | PSNR dB |",
+        "|---|---:|---:|---:|---:|---:|---|---:|---:|---:|",
+    ]
+    for row in found.rows:
+        left = ", ".join(f"{name} {share:.2f}" for name, share in row.parameters.items())
+        lines.append(
+            f"| {row.name} | {row.heal_steps or '-'} | {row.seconds / 60:.1f} | {row.cpu_seconds / 60:.1f} "
+            f"| {row.macs['denoiser']:.3f} | {row.macs['decoder']:.3f} | {left} "
+            f"| {row.alignment[4]:.1%} | {row.alignment[1]:.1%} | {min(row.psnr_db, 99.9):.1f} |"
+        )
+    if found.timed:
+        lines += [
+            "",
+            "## Built for this machine",
+            "",
+            "Asked: latency falls by at least 0.8x of what the MACs fall by; pruned and quantized together 0.20x of the",
+            "float original's latency and 0.15x of its bytes at 2 points of alignment. One call of each network; a",
+            "picture is the text encoder, four calls of the denoiser and the decoder. Bytes are of all artifacts.",
+            "",
+            "| bundle | backend | denoiser ms | to float | decoder ms | to float | picture ms | to float | bytes "
+            "| to float | alignment, 4 steps | 1 step |",
+            "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+    for backend in BACKENDS:
+        timed = [one for one in found.timed if one.backend == backend]
+        base = next((one for one in timed if one.name == "float"), None)
+        if base is None:
+            continue
+        for one in timed:
+            cells = [f"{one.ms[stage]:.2f} | {one.ms[stage] / base.ms[stage]:.3f}" for stage in (*CUT, "picture")]
+            drawn = " | ".join(f"{one.alignment[steps]:.1%}" if steps in one.alignment else "-" for steps in STEPS)
+            lines.append(
+                f"| {one.name} | {backend} | {' | '.join(cells)} | {one.bytes:,} | {one.bytes / base.bytes:.3f} "
+                f"| {drawn} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/prune"), help="what is found again")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--heal", type=int, default=2000, help="steps of `asked` and `small`")
+    parser.add_argument("--half-heal", type=int, nargs="+", default=[50, 200], help="steps of both students of `half`")
+    parser.add_argument("--small", type=float, default=0.3, help="share of MACs that the quantized student keeps")
+    parser.add_argument("--limit", type=int, help="an even share of the held-back prompts instead of all 432")
+    parser.add_argument("--repeats", type=int, default=40, help="pictures of each bundle that count")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--again", action="store_true", help="forget what was found before")
+    parser.add_argument("--markdown", type=Path)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    settings = settings_of(
+        BACKENDS, asked.threads, repeats=f"{asked.repeats} pictures of each bundle in turns, medians"
+    )
+    bench = Bench(asked.work, asked.limit)
+    if asked.again:
+        bench.found = Found()
+
+    def show() -> None:
+        if asked.markdown:
+            asked.markdown.write_text(markdown(bench.found, settings))
+
+    bench.row("original", bench.student, 0)
+    if "asked" in asked.part:
+        bench.healed("asked", bench.chosen(ASKED), asked.heal)
+        show()
+    if "half" in asked.part:
+        cuts = {"half": bench.chosen(HALF), "half, uniform": bench.uniform(HALF)}
+        for steps in asked.half_heal:
+            for name, cut in cuts.items():
+                bench.healed(name, cut, steps)
+                show()
+    small = dict.fromkeys(CUT, asked.small)
+    if "small" in asked.part:
+        bench.healed("small", bench.chosen(small), asked.heal)
+        show()
+    if "bundles" in asked.part:
+        students = {
+            "float": (bench.student, False),
+            "asked": (bench.healed("asked", bench.chosen(ASKED), asked.heal), False),
+            "small, quantized": (bench.healed("small", bench.chosen(small), asked.heal), True),
+        }
+        folders = {
+            name: bundle(bench, name.partition(",")[0], student, quantized)
+            for name, (student, quantized) in students.items()
+        }
+        in_turns(bench, folders, asked.repeats)
+        show()
+        align(bench, folders)
+    show()
+    print(markdown(bench.found, settings))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
