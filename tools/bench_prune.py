@@ -23,18 +23,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from edgegen.prune.assemble import Options, assemble
-from edgegen.prune.find import spaces
-from edgegen.prune.importance import magnitude, scores
-from edgegen.prune.levels import keep
-from edgegen.prune.search import search
 from pydantic import BaseModel
 from turns import WARM_UP, settings_of
 
@@ -44,14 +39,19 @@ from edgegen.cache import Cache
 from edgegen.graph.capture import capture
 from edgegen.graph.count import count
 from edgegen.prune.apply import pruned
+from edgegen.prune.assemble import Assembled, Options, assemble
+from edgegen.prune.find import spaces
 from edgegen.prune.heal import HealOptions, heal
+from edgegen.prune.importance import Probe, importance, magnitude
+from edgegen.prune.levels import keep
+from edgegen.prune.search import search
 from edgegen.prune.space import Spaces, to_pruning
 from edgegen.students.checkpoint import save_pt
 from edgegen.students.load import load
 from edgegen.students.sample import draw_many
 from edgegen.students.shapes import family
 from edgegen.students.shapes.evaluate import evaluate, subject_for
-from edgegen.students.student import Student
+from edgegen.students.student import Component, Student
 from edgegen.targets import load_target
 
 PARTS = ("asked", "half", "small", "bundles")
@@ -177,37 +177,50 @@ class Bench:
         self.row(name, made.student, steps, seconds, cpu)
         return made.student
 
-    def chosen(self, wanted: Mapping[str, float]) -> Student:
-        """As `edgegen prune` cuts: measured losses under a cap on the MACs of each component."""
-        print("measure what may be cut", file=sys.stderr, flush=True)
-        found = assemble(
-            self.student,
-            load_target(TARGET),
-            BACKENDS[:1],
-            Options(components=CUT),
-            spaces,
-            partial(scores, self.student),
-            self.cache,
-            Lines(),
-        )
-        whole = found.whole.totals
-        caps = {f"macs {name}": share * whole[f"macs {name}"] for name, share in wanted.items()}
-        return found.pruned(search(replace(found.problem, caps=caps, minimise={"picture": 1.0})))
+    def cut(self, name: str, make: Callable[[], Student]) -> Student:
+        """What `make` cuts, once: the checkpoint lies in the folder of work."""
+        path = self.work / f"{name}-cut.pt"
+        if not path.is_file():
+            print(f"{name}: cut", file=sys.stderr, flush=True)
+            save_pt(make(), path)
+        return load(path)
 
-    def uniform(self, wanted: Mapping[str, float]) -> Student:
+    def chosen(self, name: str, wanted: Mapping[str, float]) -> Student:
+        """As `edgegen prune` cuts: losses measured under a cap on the MACs of each component."""
+
+        def make() -> Student:
+            found = self._measured
+            whole = found.whole.totals
+            caps = {f"macs {name}": share * whole[f"macs {name}"] for name, share in wanted.items()}
+            return found.pruned(search(replace(found.problem, caps=caps, minimise={"picture": 1.0})))
+
+        return self.cut(name, make)
+
+    @cached_property
+    def _measured(self) -> Assembled:
+        def matter(part: Component, found: Spaces) -> Mapping[str, Sequence[float]]:
+            return importance(Probe.of(self.student), {part.name: found})[part.name].units
+
+        options = Options(components=CUT)
+        return assemble(self.student, load_target(TARGET), (), options, spaces, matter, self.cache, Lines())
+
+    def uniform(self, name: str, wanted: Mapping[str, float]) -> Student:
         """One ratio for every space of a component, the largest that keeps to the MACs; units of the least norm go."""
-        made = self.student
-        for name, share in wanted.items():
-            part = self.student.components[name]
-            found, whole = spaces(capture(part)), macs(self.student, name)
-            norms = magnitude(part, found)
-            for percent in range(100, 5, -1):
-                cut = to_pruning(found, alike(found, norms, percent / 100))
-                smaller = pruned(self.student, {name: cut})
-                if macs(smaller, name) <= share * whole:
-                    break
-            made = pruned(made, {name: cut})
-        return made
+
+        def make() -> Student:
+            made = self.student
+            for component, share in wanted.items():
+                part = self.student.components[component]
+                found, whole = spaces(capture(part)), macs(self.student, component)
+                norms = magnitude(part, found)
+                for percent in range(100, 5, -1):
+                    cut = to_pruning(found, alike(found, norms, percent / 100))
+                    if macs(pruned(self.student, {component: cut}), component) <= share * whole:
+                        break
+                made = pruned(made, {component: cut})
+            return made
+
+        return self.cut(name, make)
 
 
 def alike(found: Spaces, norms: Mapping[str, Sequence[float]], ratio: float) -> dict[str, tuple[int, ...]]:
@@ -337,8 +350,8 @@ def markdown(found: Found, settings: Mapping[str, str]) -> str:
             "",
             "## Built for this machine",
             "",
-            "Asked: latency falls by at least 0.8x of what the MACs fall by; pruned and quantized together 0.20x of the",
-            "float original's latency and 0.15x of its bytes at 2 points of alignment. One call of each network; a",
+            "Asked: latency falls by at least 0.8x of what the MACs fall by; pruned and quantized together 0.20x of",
+            "the float original's latency and 0.15x of its bytes at 2 points of alignment. One call of each network; a",
             "picture is the text encoder, four calls of the denoiser and the decoder. Bytes are of all artifacts.",
             "",
             "| bundle | backend | denoiser ms | to float | decoder ms | to float | picture ms | to float | bytes "
@@ -380,6 +393,8 @@ def main() -> int:
     bench = Bench(asked.work, asked.limit)
     if asked.again:
         bench.found = Found()
+        for path in asked.work.glob("*-cut.pt"):
+            path.unlink()
 
     def show() -> None:
         if asked.markdown:
@@ -387,23 +402,23 @@ def main() -> int:
 
     bench.row("original", bench.student, 0)
     if "asked" in asked.part:
-        bench.healed("asked", bench.chosen(ASKED), asked.heal)
+        bench.healed("asked", bench.chosen("asked", ASKED), asked.heal)
         show()
     if "half" in asked.part:
-        cuts = {"half": bench.chosen(HALF), "half, uniform": bench.uniform(HALF)}
+        cuts = {"half": bench.chosen("half", HALF), "half, uniform": bench.uniform("half, uniform", HALF)}
         for steps in asked.half_heal:
             for name, cut in cuts.items():
                 bench.healed(name, cut, steps)
                 show()
     small = dict.fromkeys(CUT, asked.small)
     if "small" in asked.part:
-        bench.healed("small", bench.chosen(small), asked.heal)
+        bench.healed("small", bench.chosen(f"small {asked.small}", small), asked.heal)
         show()
     if "bundles" in asked.part:
         students = {
             "float": (bench.student, False),
-            "asked": (bench.healed("asked", bench.chosen(ASKED), asked.heal), False),
-            "small, quantized": (bench.healed("small", bench.chosen(small), asked.heal), True),
+            "asked": (bench.healed("asked", bench.chosen("asked", ASKED), asked.heal), False),
+            "small, quantized": (bench.healed("small", bench.chosen(f"small {asked.small}", small), asked.heal), True),
         }
         folders = {
             name: bundle(bench, name.partition(",")[0], student, quantized)

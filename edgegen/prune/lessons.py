@@ -172,8 +172,8 @@ class Walks:
         return {"latent": self._latent, "prompt": self._prompt, "count": self._count, "place": self._place}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self._latent = state["latent"].to(self.pair.arithmetic.device)
-        self._prompt, self._count, self._place = state["prompt"], state["count"], state["place"]
+        self._latent = state["latent"].to(self.pair.arithmetic.device, copy=True)
+        self._prompt, self._count, self._place = (state[name].clone() for name in ("prompt", "count", "place"))
         if len(self._prompt):
             self._conditions = self._heard(self._prompt)
 

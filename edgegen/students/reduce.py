@@ -115,7 +115,8 @@ def _tensors(module: nn.Module) -> dict[str, list[_Place]]:
 
 def positions_in(text: str) -> Tensor:
     """int64."""
-    return torch.cat([torch.arange(first, last + 1) for first, last in ranges(text)])
+    # On the CPU even where a network is rehearsed on the meta device: what they are is asked.
+    return torch.cat([torch.arange(first, last + 1, device="cpu") for first, last in ranges(text)])
 
 
 def _check(name: str, tensor: Tensor, dim: int, text: str) -> None:

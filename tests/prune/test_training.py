@@ -122,4 +122,4 @@ def test_the_rate_rises_and_falls():
     shares = [share(i, 200) for i in range(200)]
     assert shares[0] < 0.2 and max(shares) <= 1.0 and shares.index(max(shares)) < 10
     assert shares[-1] < 0.02
-    assert all(a >= b for a, b in zip(shares[6:], shares[7:], strict=False))
+    assert shares[6:] == sorted(shares[6:], reverse=True)
