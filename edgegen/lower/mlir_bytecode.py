@@ -1,4 +1,4 @@
-"""MLIR bytecode with repeatable resource names.
+"""MLIR bytecode with repeatable resource names, and what those resources hold.
 
 The serializer behind Core AI names the blobs of an asset `resource_<random number>`, so one program gives other bytes,
 and another file size, in every process. The names are keys that only need to differ from one another; here each becomes
@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass
 
 _MAGIC = b"ML\xefR"
-_STRINGS = 0
+_STRINGS, _RESOURCES, _RESOURCE_SIZES = 0, 5, 6
+_BLOB = 0
 _ALIGNED = 0x80
 _PADDING = b"\xcb"
 _RESOURCE = re.compile(rb"resource_\d+")
@@ -46,6 +47,45 @@ def rename_resources(code: bytes) -> bytes:
         if section.number == _STRINGS:
             section.data = _write_strings(_renamed(_read_strings(bytes(section.data)), digest.digest()))
     return _emit(prefix, sections)
+
+
+def resources(code: bytes) -> dict[str, bytes]:
+    """The blobs of `code` by name: what its `dense_resource<name>` attributes hold. BytecodeError if malformed.
+
+    One section says of each group (those outside of dialects are counted first) whose it is, then each resource's name,
+    size and kind; the other holds them one after the other: of a blob its alignment, its size, padding, its bytes.
+    """
+    held: dict[int, bytes] = {}
+    for section in _parse(code)[1]:
+        held.setdefault(section.number, bytes(section.data))
+    sizes, data = held.get(_RESOURCE_SIZES), held.get(_RESOURCES, b"")
+    if sizes is None:
+        return {}
+    strings = _read_strings(held.get(_STRINGS, b""))
+    found: dict[str, bytes] = {}
+    _, at = _read_varint(sizes, 0)  # how many of the groups are outside of dialects: all are read alike
+    start = 0
+    while at < len(sizes):
+        _, at = _read_varint(sizes, at)
+        count, at = _read_varint(sizes, at)
+        for _ in range(count):
+            name, at = _read_varint(sizes, at)
+            size, at = _read_varint(sizes, at)
+            if at >= len(sizes) or name >= len(strings) or start + size > len(data):
+                raise BytecodeError("resources run past the end")
+            kind, at = sizes[at], at + 1
+            if kind == _BLOB:
+                found[strings[name].decode(errors="replace")] = _blob(data[start : start + size])
+            start += size
+    return found
+
+
+def _blob(entry: bytes) -> bytes:
+    _, at = _read_varint(entry, 0)
+    size, at = _read_varint(entry, at)
+    if at + size > len(entry):
+        raise BytecodeError("a resource runs past its end")
+    return entry[len(entry) - size :]
 
 
 def _renamed(strings: list[bytes], seed: bytes) -> list[bytes]:

@@ -1,6 +1,8 @@
 """Precision plans in Core AI assets, executed by Core AI's own runtime: the same numbers, refusals, counts."""
 
 import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -8,9 +10,12 @@ import torch
 
 from edgegen.errors import EdgegenError, UsageError
 from edgegen.graph.capture import capture
+from edgegen.graph.tensor_spec import TensorSpec
+from edgegen.lower.backend import LowerRequest
 from edgegen.lower.coreai import BACKEND, PROGRAM
 from edgegen.lower.coreai_read import computed, packed, saved_module
 from edgegen.lower.stored_weight import stored_weights
+from edgegen.precision.plan import OpPlan, Range
 from edgegen.precision.quantize import quantized
 from edgegen.precision.sites import sites
 from edgegen.rewrite.choose import shape_preset
@@ -121,6 +126,34 @@ def test_a_weight_that_is_not_in_the_file_is_an_error(tmp_path):
     stored[name] = type(stored[name])(8, -stored[name].codes, stored[name].scales)
     with pytest.raises(EdgegenError, match=f"codes of the weight of `{name}`"):
         count_compressed(saved_module(path), (path / PROGRAM).read_bytes(), wanted, stored, "the file")
+
+
+def test_another_op_of_the_same_shape_does_not_count():
+    """Two convolutions of one shape, one int8 as planned, one only compressed; the plan has them the other way."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(4, 4, 3, padding=1)
+    )
+    program = torch.export.export(module.eval(), (torch.randn(1, 4, 8, 8),))
+    first, second = (site.node for site in sites(program).values())
+    wide = {"input": Range(low=-4.0, high=4.0), "output": Range(low=-4.0, high=4.0)}
+    op = {name: OpPlan(op="conv", precision=name, **wide) for name in ("w8a8", "w8")}
+    there, asked = {first: op["w8a8"], second: op["w8"]}, {first: op["w8"], second: op["w8a8"]}
+    from edgegen.lower.coreai_read import count_compressed
+
+    def weighed(ops):
+        graph = quantized(program, ops)
+        return graph, stored_weights(graph, ops)
+
+    spec = TensorSpec(name="x", shape=(1, 4, 8, 8), dtype="float32")
+    out = spec.model_copy(update={"name": "y"})
+    with TemporaryDirectory() as folder:
+        BACKEND.lower(weighed(there)[0], LowerRequest("part", (spec,), (out,), "fp32", Path(folder), quantized=there))
+        path = Path(folder) / "part.aimodel"
+        module, code = saved_module(path), (path / PROGRAM).read_bytes()
+    assert count_compressed(module, code, there, weighed(there)[1], "it")["int8_ops"] == "1"
+    with pytest.raises(EdgegenError, match=r"`conv2d(_1)?` is planned as"):
+        count_compressed(module, code, asked, weighed(asked)[1], "it")
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "decoder"])
