@@ -25,12 +25,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 from turns import settings_of
 
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
 CALLS = {
-    "coreml": "ct.convert(exported.run_decompositions({}), compute_precision=FLOAT16)",
+    "coreml": "ct.convert(exported.run_decompositions({}), compute_precision=FLOAT16), `alias` renamed to `clone` first, "
+    "since coremltools stops at the first one",
     "executorch": "to_edge_transform_and_lower(exported, [XnnpackPartitioner()]).to_executorch()",
     "onnx": "torch.onnx.export(exported, dynamo=True)",
     "tflite": "litert_torch.convert(module, inputs).export()",
@@ -72,6 +77,7 @@ def main() -> None:
     parser.add_argument("--backends", default=",".join(CALLS), help="for the bare converters")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--skip-builds", action="store_true", help="make the student and run the bare converters only")
     parser.add_argument("--bare", nargs=2, metavar=("BACKEND", "COMPONENT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     model = options.work / "model.pt"
@@ -90,6 +96,8 @@ def main() -> None:
                 measured.bare[backend][component] = _bare_in_child(options.work, backend, component)
                 kept.write_text(measured.model_dump_json(indent=1))
                 print("bare", backend, component, measured.bare[backend][component], file=sys.stderr, flush=True)
+    if options.skip_builds:
+        return
     environment = {**os.environ, "EDGEGEN_CACHE_DIR": str(options.work / "cache")}
     for target in options.targets.split(",")[len(measured.builds) :]:
         measured.builds.append(_build(options.work, target, model, environment))
@@ -128,7 +136,7 @@ def bare(model: Path, backend: str, component: str, work: Path) -> Cost:
             # A package's name is its kind.
             out = out.with_suffix(".mlpackage")
             ct.convert(
-                exported.run_decompositions({}),
+                without_alias(exported.run_decompositions({})),
                 minimum_deployment_target=ct.target.iOS17,
                 compute_precision=ct.precision.FLOAT16,
             ).save(str(out))
@@ -141,6 +149,16 @@ def bare(model: Path, backend: str, component: str, work: Path) -> Cost:
     for one in work.glob(f"bare-{component}.*"):
         shutil.rmtree(one) if one.is_dir() else one.unlink()
     return Cost(seconds=seconds, peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def without_alias(exported: ExportedProgram) -> ExportedProgram:
+    """The least that a user has to do by hand: coremltools does not know `aten.alias`, by which it calls a no-op."""
+    import torch
+
+    for node in exported.graph.nodes:
+        if node.target is torch.ops.aten.alias.default:
+            node.target = torch.ops.aten.clone.default
+    return exported
 
 
 def _bare_in_child(work: Path, backend: str, component: str) -> Cost:

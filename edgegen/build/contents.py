@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from edgegen.build.clock import Clock
 from edgegen.build.lowering import LoweredComponent
 from edgegen.build.planned import Realised
 from edgegen.bundle.manifest import Manifest
@@ -31,6 +32,7 @@ def contents_of(
     truth: Reference,
     work: Path,
     realised: Realised | None,
+    clock: Clock,
 ) -> BundleContents:
     """Everything of the bundle, with the reports that say how it came about."""
     files: dict[str, Path | bytes | str] = {"fixtures": work / "fixtures"}
@@ -49,7 +51,7 @@ def contents_of(
         manifest=manifest,
         artifacts=list(dict.fromkeys((one.job.backend, one.folder) for one in lowered)),
         files=files,
-        reports={**logs, "parity.json": parity, "profile.json": profiles, "rewrites.json": rewrites},
+        reports={**logs, "parity.json": parity, "profile.json": profiles, "rewrites.json": rewrites, "times.json": [span.model_dump() for span in clock.spans()]},
         report_html=page,
     )
 

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 
 import edgegen
 from edgegen.build.admission import SHARE, Admission
+from edgegen.build.clock import Clock
 from edgegen.build.graphs import Graphs, Rewriting
 from edgegen.cache import Cache
 from edgegen.errors import EdgegenError, GateError
@@ -168,8 +169,10 @@ def lower_all(
     cache: Cache,
     log_dir: Path,
     done: Callable[[LowerJob], None],
+    clock: Clock | None = None,
 ) -> list[LoweredComponent | LowerFailure]:
     """Lower `jobs`, as many at once as cores and memory allow; results in the order of the jobs."""
+    clock = clock or Clock()
     workers = min(len(jobs), os.cpu_count() or 1)
     free = available_memory()
     admission = Admission(None if free is None else int(SHARE * free))
@@ -178,7 +181,8 @@ def lower_all(
 
     def run(place: int) -> LoweredComponent | LowerFailure:
         with admission.room_for(needs[place]):
-            result = _lower_one(jobs[place], graphs, cache, log_dir)
+            with clock.span(f"{_name(jobs[place])}: whole"):
+                result = _lower_one(jobs[place], graphs, cache, log_dir, clock)
         done(jobs[place])
         return result
 
@@ -195,7 +199,13 @@ def _weight_bytes(component: Component) -> int:
     return sum(4 * parameter.numel() for parameter in component.module.parameters())
 
 
-def _lower_one(job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path) -> LoweredComponent | LowerFailure:
+def _name(job: LowerJob) -> str:
+    return f"{job.backend}-{job.component.name}"
+
+
+def _lower_one(
+    job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path, clock: Clock
+) -> LoweredComponent | LowerFailure:
     backend = get_backend(job.backend)
     key = cache.key(
         "lower",
@@ -210,11 +220,13 @@ def _lower_one(job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path) -> Lo
         versions=tool_versions(backend),
         compiler=compiler_fingerprint(),
     )
-    log = log_dir / f"{job.backend}-{job.component.name}.log"
+    log = log_dir / f"{_name(job)}.log"
 
     def build(entry: Path) -> None:
-        rewriting = rewritten(job, graphs)
-        foreseen = graphs.forecast(rewriting, job.backend)
+        with clock.span(f"{_name(job)}: rewrite"):
+            rewriting = rewritten(job, graphs)
+        with clock.span(f"{_name(job)}: forecast"):
+            foreseen = graphs.forecast(rewriting, job.backend)
         _require_pieces(job, foreseen)
         out_dir = entry / "artifact"
         out_dir.mkdir()
@@ -228,10 +240,11 @@ def _lower_one(job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path) -> Lo
             islands=rewriting.islands,
             quantized=rewriting.quantized,
         )
-        if job.parts == 1:
-            lowered = lower_in_child(job.backend, rewriting.program, request, log)
-        else:
-            lowered = lower_chain(job.backend, rewriting.program, request, log, job.parts)
+        with clock.span(f"{_name(job)}: convert"):
+            if job.parts == 1:
+                lowered = lower_in_child(job.backend, rewriting.program, request, log)
+            else:
+                lowered = lower_chain(job.backend, rewriting.program, request, log, job.parts)
         # Codes that round the other way outweigh what float16 does between them: the plan's own bounds judge those.
         integers = any(one.precision.startswith("w8a8") for one in rewriting.quantized.values())
         if rewriting.half_db is not None and math.isfinite(rewriting.half_db) and not integers:

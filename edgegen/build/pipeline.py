@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from edgegen.build.clock import Clock
 from edgegen.build.contents import Rewrites, contents_of, rewrites_of
 from edgegen.build.graphs import Graphs
 from edgegen.build.joining import join_components
@@ -74,6 +75,7 @@ class _Shared:
     progress: Progress
     dump_ir: Path | None = None
     shrink: Path | None = None
+    clock: Clock = field(default_factory=Clock)
     graphs: Graphs = field(default_factory=Graphs)
     references: dict[tuple[int | None, str], Reference] = field(default_factory=dict)
 
@@ -88,10 +90,12 @@ class _Shared:
         key = (recipe.steps, repr(recipe.canonical))
         if key not in self.references:
             self.progress.stage("capture, reference in torch", 2)
-            signatures = self.signatures(recipe)
+            with self.clock.span("capture"):
+                signatures = self.signatures(recipe)
             self.progress.advance()
             counts = step_counts(self.student, recipe.steps)
-            self.references[key] = reference(self.student, step_counts=counts, signatures=signatures)
+            with self.clock.span("reference in torch"):
+                self.references[key] = reference(self.student, step_counts=counts, signatures=signatures)
             self.progress.advance()
         return self.references[key]
 
@@ -152,7 +156,8 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
             truth = with_plan(truth, realised, student, recipe, shared.graphs)
             progress.advance()
         canonical = {name: _pipeline(recipe.canonical[name]) for name in recipe.components}
-        memory = decide(student, recipe, shared.graphs, canonical, truth)
+        with shared.clock.span("memory"):
+            memory = decide(student, recipe, shared.graphs, canonical, truth)
         _tell(progress, memory)
         jobs = [
             LowerJob(
@@ -175,7 +180,8 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
             _dump(shared.graphs, jobs, shared.dump_ir / recipe.target)
         progress.stage(f"{recipe.target}: lower", len(jobs))
         logs = work / "logs"
-        results = lower_all(jobs, shared.graphs, shared.cache, logs, lambda job: progress.advance())
+        with shared.clock.span("lower"):
+            results = lower_all(jobs, shared.graphs, shared.cache, logs, lambda job: progress.advance(), shared.clock)
         for backend in recipe.backends:
             if backend.functions:
                 progress.stage(f"{recipe.target}: join ({backend.name})", 1)
@@ -183,8 +189,10 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
                 progress.advance()
         lowered = [result for result in results if isinstance(result, LoweredComponent)]
         failures = tuple(result for result in results if isinstance(result, LowerFailure))
-        manifest = manifest_of(student, recipe, lowered, truth, work, realised, memory)
-        verified = verify_all(progress, shared.graphs, recipe, manifest, lowered, truth, work)
+        with shared.clock.span("manifest"):
+            manifest = manifest_of(student, recipe, lowered, truth, work, realised, memory)
+        with shared.clock.span("verify"):
+            verified = verify_all(progress, shared.graphs, recipe, manifest, lowered, truth, work)
         manifest = manifest.model_copy(update={"artifacts": tuple(executed(a, verified) for a in manifest.artifacts)})
         built = Built(
             recipe, recipe.output, manifest, tuple(v.parity for v in verified.values()), failures, rewrites_of(lowered)
@@ -192,9 +200,10 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
         if shared.shrink is not None and not built.passed:
             _shrink(shared, built, jobs, truth, shared.shrink / recipe.target)
         progress.stage(f"{recipe.target}: bundle", 1)
-        contents = contents_of(built.manifest, built.rewrites, student, verified, lowered, truth, work, realised)
+        contents = contents_of(built.manifest, built.rewrites, student, verified, lowered, truth, work, realised, shared.clock)
         if built.passed:
-            writer.write(contents)
+            with shared.clock.span("bundle"):
+                writer.write(contents)
         else:
             failed = recipe.output.with_name(f"{recipe.output.name}.failed")
             built = dataclasses.replace(built, path=failed)
