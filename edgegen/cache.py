@@ -104,6 +104,19 @@ class Cache:
         except _BuildFailed as failed:
             raise failed.error from failed.error.__cause__
 
+    def find(self, key: str) -> Path | None:
+        """The entry of `key` where it is there and whole; nothing is made."""
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"{key!r} is not a key made by Cache.key")
+        with self._explained():
+            self._use()
+            entry = self._home / "entries" / key
+            return self._hit(entry) if is_whole(entry, key) else None
+
+    def has(self, key: str) -> bool:
+        """Whether there is an entry of `key`, whole or not: nothing of it is read."""
+        return bool(_KEY.fullmatch(key)) and (self._home / "entries" / key).is_dir()
+
     def unfinished(self, key: str) -> Path:
         """A folder for the state of a long build of `key`, to be asked for inside that build alone: it outlives a
         killed process, and goes when the entry is there."""
@@ -279,6 +292,13 @@ def is_whole(entry: Path, key: str) -> bool:
         return False
     found.pop(INDEX, None)
     return bool(index == {"key": key, "files": found})
+
+
+def recorded_files(entry: Path) -> dict[Path, str]:
+    """Path -> sha256 of each file of an entry that `Cache.directory` gave, as it was when it was made or last found
+    whole."""
+    files = json.loads((entry / INDEX).read_bytes())["files"]
+    return {entry / name: sha for name, sha in files.items() if sha != "folder"}
 
 
 def _contents(folder: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import edgegen
 from edgegen import errors
 from edgegen.errors import EdgegenError
+from edgegen.nursery import Home, Job
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _STOP_GRACE_S = 10.0
@@ -71,13 +73,14 @@ def run_child(
     timeout_s: float | None = None,
     memory_limit_bytes: int | None = None,
     parent_folder: Path | None = None,
+    home: Home | None = None,
 ) -> Made:
     """Run `python -m module` on `job` and return what it made.
 
     `log` receives what the child prints and is kept, on success too. `timeout_s` is wall time. `memory_limit_bytes`
     bounds the child's data segment (Linux: private writable memory). The private folder, which is also the child's
-    TMPDIR, is made in `parent_folder`. EdgegenError (or the subclass that the child raised) begins with `name` and
-    names cause and log.
+    TMPDIR, is made in `parent_folder`. With `home` the child is forked from it instead of started anew. EdgegenError
+    (or the subclass that the child raised) begins with `name` and names cause and log.
     """
     private = Path(tempfile.mkdtemp(prefix=".edgegen-child-", dir=parent_folder)).resolve()
     try:
@@ -85,12 +88,12 @@ def run_child(
         envelope = _Envelope(
             payload=job.model_dump_json(),
             result=str(result),
-            parent=os.getpid(),
+            parent=os.getpid() if home is None else home.pid,
             memory_limit_bytes=memory_limit_bytes,
         )
         (private / "job.json").write_text(envelope.model_dump_json())
         (private / "tmp").mkdir()
-        code = _run(module, private, log, timeout_s, name)
+        code = _run(module, private, log, timeout_s, name, home)
         return _read(result, result_type, code, name, log, memory_limit_bytes)
     finally:
         shutil.rmtree(private, ignore_errors=True)
@@ -99,7 +102,7 @@ def run_child(
 def child_main(path: str, job_type: type[Given], work: Callable[[Given], BaseModel]) -> int:
     """The child's side: do `work` on the job that `run_child` wrote to `path`, and leave the result for the parent."""
     envelope = _Envelope.model_validate_json(Path(path).read_bytes())
-    _die_with(envelope.parent)
+    die_with(envelope.parent)
     if envelope.memory_limit_bytes is not None:
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         limit = envelope.memory_limit_bytes
@@ -113,11 +116,21 @@ def child_main(path: str, job_type: type[Given], work: Callable[[Given], BaseMod
     written = Path(envelope.result).with_suffix(".part")
     written.write_text(outcome.model_dump_json())
     written.replace(envelope.result)
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-    facts = {"seconds": round(time.perf_counter() - started, 2), "peak_mib": round(peak)}
+    facts = {"seconds": round(time.perf_counter() - started, 2), "peak_mib": round(peak_bytes() / 2**20)}
     sys.stderr.write(f"edgegen-child {json.dumps(facts)}\n")
     return 0 if outcome.failure is None else 1
+
+
+def peak_bytes() -> int:
+    """The most that lay in this process's memory at once, mapped files included.
+
+    On Linux not from getrusage: what the parent held when it started this process counts there too.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def leave(status: int) -> None:
@@ -128,8 +141,8 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def _environment(private: Path) -> dict[str, str]:
-    """The parent's environment with its own TMPDIR, a fixed hash seed and no more threads than cores we may use."""
+def environment() -> dict[str, str]:
+    """This process's environment for a child: a fixed hash seed and no more threads than cores we may use."""
     env = dict(os.environ)
     root = Path(edgegen.__file__).resolve().parent.parent
     if root.name not in ("site-packages", "dist-packages"):  # run from a checkout
@@ -139,10 +152,10 @@ def _environment(private: Path) -> dict[str, str]:
     env["OMP_NUM_THREADS"] = str(min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores)
     # Converters iterate over sets of names; one hash seed makes their order, and so the artifact, repeatable.
     env |= {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
-    return env | dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(private / "tmp"))
+    return env
 
 
-def _run(module: str, private: Path, log: Path, timeout_s: float | None, name: str) -> int:
+def _run(module: str, private: Path, log: Path, timeout_s: float | None, name: str, home: Home | None) -> int:
     # -P: the folder that the user stands in is never searched for modules.
     argv = [sys.executable, "-P", "-m", module, str(private / "job.json")]
     try:
@@ -150,6 +163,10 @@ def _run(module: str, private: Path, log: Path, timeout_s: float | None, name: s
         stream = log.open("wb")
     except OSError as error:
         raise EdgegenError(f"{name}: log `{log}` cannot be written: {error.strerror}") from error
+    if home is not None:
+        stream.close()
+        job = home.start(module, private / "job.json", log, private / "tmp")
+        return _wait(job.wait, lambda: _kill_job(job), job.pid, log, timeout_s, name)
     with (
         stream,
         subprocess.Popen(
@@ -157,28 +174,48 @@ def _run(module: str, private: Path, log: Path, timeout_s: float | None, name: s
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env=_environment(private),
+            env=environment() | dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(private / "tmp")),
             start_new_session=True,
         ) as child,
     ):
-        try:
-            return child.wait(timeout_s)
-        except subprocess.TimeoutExpired as error:
-            _kill(child)
-            raise EdgegenError(
-                f"{name} did not finish within {timeout_s:g} s and was stopped; log `{log}`",
-                hint="allow more time, or look at the end of the log for what it was doing",
-            ) from error
-        except BaseException:  # KeyboardInterrupt above all: the child has its own session and would live on
-            _kill(child)
-            raise
-        finally:
-            _kill_group(child.pid)  # whatever the child itself started
+        return _wait(child.wait, lambda: _kill(child), child.pid, log, timeout_s, name)
+
+
+def _wait(
+    wait: Callable[[float | None], int],
+    kill: Callable[[], None],
+    group: int | None,
+    log: Path,
+    timeout_s: float | None,
+    name: str,
+) -> int:
+    """The exit code of a child in a session of its own, which is ended whatever happens here."""
+    try:
+        return wait(timeout_s)
+    except subprocess.TimeoutExpired as error:
+        kill()
+        raise EdgegenError(
+            f"{name} did not finish within {timeout_s:g} s and was stopped; log `{log}`",
+            hint="allow more time, or look at the end of the log for what it was doing",
+        ) from error
+    except BaseException:  # KeyboardInterrupt above all: the child has its own session and would live on
+        kill()
+        raise
+    finally:
+        if group is not None:
+            _kill_group(group)  # whatever the child itself started
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:
     _kill_group(child.pid)
     child.wait(_STOP_GRACE_S)
+
+
+def _kill_job(job: Job) -> None:
+    if job.pid is not None:
+        _kill_group(job.pid)
+        with suppress(subprocess.TimeoutExpired):
+            job.wait(_STOP_GRACE_S)
 
 
 def _kill_group(group: int) -> None:
@@ -242,7 +279,7 @@ def _last_line(log: Path) -> str:
     return f"its last line is `{lines[-1][:300]}`" if lines else "it printed nothing"
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Linux: SIGKILL this process when its parent goes; at once when it went before we asked."""
     if sys.platform != "linux":
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edgegen.cache import FORMAT, INDEX, Cache, Held, default_root, is_whole
+from edgegen.cache import FORMAT, INDEX, Cache, Held, default_root, is_whole, recorded_files
 from edgegen.errors import EdgegenError
 
 
@@ -91,6 +91,18 @@ def test_second_call_is_a_hit_also_for_another_object(cache, tmp_path):
     assert (cache.statistics.built, cache.statistics.hits, other.statistics.hits) == (1, 1, 1)
     assert leftovers(cache) == []
     other.close()
+
+
+def test_find_gives_what_is_whole_and_makes_nothing(cache):
+    key = cache.key("lower", a=1)
+    assert cache.find(key) is None
+    entry = cache.directory(key, write("text"))
+    assert cache.find(key) == entry
+    assert recorded_files(entry).keys() == {entry / "sub" / "file.txt"}
+    (entry / "sub" / "file.txt").write_text("other")
+    assert cache.find(key) is None
+    with pytest.raises(ValueError, match="is not a key"):
+        cache.find("../key")
 
 
 def test_a_build_that_fails_leaves_nothing_and_can_be_repeated(cache):

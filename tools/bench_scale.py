@@ -1,6 +1,7 @@
 """A complete full-size student, built for two targets: seconds and peak memory of every stage, beside bare converters.
 
     python tools/bench_scale.py --family sdxs-512 --work /tmp/scale --markdown docs/benchmarks/scale-sdxs-512.md
+    python tools/bench_scale.py --family snapgen --lower-only --backends onnx,coreml --work /tmp/snapgen --markdown ...
 
 1. `edgegen student new` writes the student (random weights of the exact public configuration).
 2. Bare: each component goes through `torch.export` and the converter's own documented call, once, in a process of its
@@ -9,8 +10,12 @@
    The whole command is timed, imports included; the peak of each stage is that of its child process, as its log has
    it, and "command" is the process that the user started.
 
-`--work` keeps the student, the bare artifacts' figures and the bundles; what is there is not made again. Ratios are
-what is asked for: the build's seconds over the sum of the bare converters', peaks over the component's fp32 bytes.
+`--lower-only` leaves out 2 and 3: each component is rewritten for the first target's backends and lowered, in a process
+of its own, whole, and nothing is executed; without samples, float16 is made safe by what the graph alone says.
+
+`--work` keeps the student, all figures and the bundles; what is there is not made again, so a run that was stopped goes
+on. Ratios are what is asked for: the build's seconds over the sum of the bare converters', peaks over the component's
+fp32 bytes.
 """
 
 from __future__ import annotations
@@ -19,54 +24,25 @@ import argparse
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel
+from scale_table import CALLS, Build, Cost, Lowering, Measured, table
 from turns import settings_of
+
+from edgegen.child import peak_bytes
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-CALLS = {
-    "coreml": "ct.convert(exported.run_decompositions({}), compute_precision=FLOAT16), `alias` renamed to `clone` first, "
-    "since coremltools stops at the first one",
-    "executorch": "to_edge_transform_and_lower(exported, [XnnpackPartitioner()]).to_executorch()",
-    "onnx": "torch.onnx.export(exported, dynamo=True)",
-    "tflite": "litert_torch.convert(module, inputs).export()",
-}
-ASKED_PEAK = {"coreml": 3.0, "executorch": 3.0, "onnx": 3.0, "tflite": 5.0}
-ASKED_TIME, ASKED_SECOND = 1.15, 0.25
 _FACTS = re.compile(r"edgegen-child (\{.*\})")
 MIB = 2**20
-
-
-class Cost(BaseModel):
-    """Seconds of wall time and peak resident bytes of one process."""
-
-    seconds: float
-    peak_bytes: int
-
-
-class Build(BaseModel):
-    """One `edgegen build`: `stages` maps the name of a child's log to its cost; empty where the cache had it."""
-
-    target: str
-    exit_code: int
-    command: Cost
-    stages: dict[str, Cost]
-
-
-class Measured(BaseModel):
-    parameters: dict[str, int]
-    bare: dict[str, dict[str, Cost]] = {}
-    """Backend -> component."""
-    builds: list[Build] = []
+Result = TypeVar("Result", bound=BaseModel)
 
 
 def main() -> None:
@@ -74,15 +50,21 @@ def main() -> None:
     parser.add_argument("--family", default="sdxs-512")
     parser.add_argument("--size", default="full")
     parser.add_argument("--targets", default="iphone15,pixel8")
-    parser.add_argument("--backends", default=",".join(CALLS), help="for the bare converters")
+    parser.add_argument("--backends", default=",".join(CALLS), help="for the bare converters, and for --lower-only")
+    parser.add_argument("--components", help="for --lower-only; default all")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--skip-builds", action="store_true", help="make the student and run the bare converters only")
+    parser.add_argument("--lower-only", action="store_true", help="lower each component and execute nothing")
     parser.add_argument("--bare", nargs=2, metavar=("BACKEND", "COMPONENT"), help=argparse.SUPPRESS)
+    parser.add_argument("--lower", nargs=2, metavar=("BACKEND", "COMPONENT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     model = options.work / "model.pt"
     if options.bare is not None:
         print(bare(model, *options.bare, options.work).model_dump_json())
+        return
+    if options.lower is not None:
+        print(lower(model, options.targets.split(",")[0], *options.lower, options.work).model_dump_json())
         return
     options.work.mkdir(parents=True, exist_ok=True)
     kept = options.work / "measured.json"
@@ -90,23 +72,46 @@ def main() -> None:
         made = _edgegen("student", "new", options.family, "--size", options.size, "-o", str(model), "--json")
         kept.write_text(Measured(parameters=json.loads(made.stdout)["parameters"]).model_dump_json())
     measured = Measured.model_validate_json(kept.read_text())
+    if options.lower_only:
+        _lower_all(options, measured, kept)
+    else:
+        _bare_all(options, measured, kept)
+        if options.skip_builds:
+            return
+        _build_all(options, measured, kept, model)
+    text = table(measured, settings_of(options.backends.split(","), int(os.environ.get("OMP_NUM_THREADS", "0")) or 2))
+    print(text)
+    if options.markdown is not None:
+        what = "cost of lowering" if options.lower_only else "cost of a build"
+        options.markdown.write_text(f"# {options.family}, {options.size}: {what}\n\n{text}")
+
+
+def _bare_all(options: argparse.Namespace, measured: Measured, kept: Path) -> None:
     for backend in options.backends.split(","):
         for component in measured.parameters:
             if component not in measured.bare.setdefault(backend, {}):
-                measured.bare[backend][component] = _bare_in_child(options.work, backend, component)
+                measured.bare[backend][component] = _in_child(options, "--bare", backend, component, Cost)
                 kept.write_text(measured.model_dump_json(indent=1))
                 print("bare", backend, component, measured.bare[backend][component], file=sys.stderr, flush=True)
-    if options.skip_builds:
-        return
+
+
+def _lower_all(options: argparse.Namespace, measured: Measured, kept: Path) -> None:
+    chosen = options.components.split(",") if options.components else list(measured.parameters)
+    for backend in options.backends.split(","):
+        for component in chosen:
+            if component not in measured.lowerings.setdefault(backend, {}):
+                found = _in_child(options, "--lower", backend, component, Lowering)
+                measured.lowerings[backend][component] = found
+                kept.write_text(measured.model_dump_json(indent=1))
+                print("lower", backend, component, found, file=sys.stderr, flush=True)
+
+
+def _build_all(options: argparse.Namespace, measured: Measured, kept: Path, model: Path) -> None:
     environment = {**os.environ, "EDGEGEN_CACHE_DIR": str(options.work / "cache")}
     for target in options.targets.split(",")[len(measured.builds) :]:
         measured.builds.append(_build(options.work, target, model, environment))
         kept.write_text(measured.model_dump_json(indent=1))
         print("build", measured.builds[-1].model_dump_json(indent=1), file=sys.stderr, flush=True)
-    text = table(measured, settings_of(options.backends.split(","), int(os.environ.get("OMP_NUM_THREADS", "0")) or 2))
-    print(text)
-    if options.markdown is not None:
-        options.markdown.write_text(f"# {options.family}, {options.size}: cost of a build\n\n{text}")
 
 
 def bare(model: Path, backend: str, component: str, work: Path) -> Cost:
@@ -148,7 +153,7 @@ def bare(model: Path, backend: str, component: str, work: Path) -> Cost:
     seconds = time.perf_counter() - started
     for one in work.glob(f"bare-{component}.*"):
         shutil.rmtree(one) if one.is_dir() else one.unlink()
-    return Cost(seconds=seconds, peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return Cost(seconds=seconds, peak_bytes=peak_bytes())
 
 
 def without_alias(exported: ExportedProgram) -> ExportedProgram:
@@ -161,12 +166,54 @@ def without_alias(exported: ExportedProgram) -> ExportedProgram:
     return exported
 
 
-def _bare_in_child(work: Path, backend: str, component: str) -> Cost:
-    command = [sys.executable, __file__, "--work", str(work), "--bare", backend, component]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def lower(model: Path, target: str, backend: str, component: str, work: Path) -> Lowering:
+    """One component rewritten and lowered as a build for `target` would, in one piece, and thrown away."""
+    from edgegen.build.clock import Clock
+    from edgegen.build.graphs import Graphs
+    from edgegen.build.lowering import LowerFailure, LowerJob, lower_all
+    from edgegen.build.recipe import BuildOptions, resolve
+    from edgegen.cache import Cache
+    from edgegen.rewrite.pipeline import Pipeline
+    from edgegen.rewrite.registry import parse
+    from edgegen.students.load import load
+    from edgegen.targets import load_target
+
+    student = load(model)
+    recipe = resolve(student, load_target(target), BuildOptions(backends=(backend,)), work / "none")
+    own = recipe.backends[0]
+    job = LowerJob(
+        student.components[component],
+        backend,
+        recipe.precision(own, component),
+        own.lowering_options,
+        Pipeline(parse(", ".join(recipe.canonical[component]))),
+        Pipeline(parse(", ".join(own.passes))),
+    )
+    scratch, clock = work / "scratch", Clock()
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        (found,) = lower_all([job], Graphs(), Cache(scratch), scratch / "logs", lambda job: None, clock)
+        if isinstance(found, LowerFailure):
+            return Lowering(refused=" ".join(str(found.error).split()), peak_bytes=peak_bytes())
+        took = {span.name.rpartition(": ")[2]: span.seconds for span in clock.spans()}
+        facts = [json.loads(text) for text in _FACTS.findall(found.log.read_text(errors="replace"))]
+        return Lowering(
+            rewrite_seconds=took["rewrite"] + took["forecast"],
+            convert_seconds=took["convert"],
+            child_peak_bytes=max(one["peak_mib"] for one in facts) * MIB,
+            peak_bytes=peak_bytes(),
+            artifact_bytes=sum(one.stat().st_size for one in found.folder.rglob("*") if one.is_file()),
+        )
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _in_child(options: argparse.Namespace, what: str, backend: str, component: str, result: type[Result]) -> Result:
+    command = [sys.executable, __file__, "--work", str(options.work), "--targets", options.targets]
+    done = subprocess.run([*command, what, backend, component], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"bare {backend} on {component}: {done.stderr[-2000:]}")
-    return Cost.model_validate_json(done.stdout.splitlines()[-1])
+        raise SystemExit(f"{what} {backend} on {component}: {done.stderr[-2000:]}")
+    return result.model_validate_json(done.stdout.splitlines()[-1])
 
 
 def _build(work: Path, target: str, model: Path, environment: dict[str, str]) -> Build:
@@ -177,15 +224,22 @@ def _build(work: Path, target: str, model: Path, environment: dict[str, str]) ->
         peak = _watch(child)
     seconds = time.perf_counter() - started
     folder = output if output.is_dir() else output.with_name(f"{output.name}.failed")
+    spans = json.loads((folder / "reports/times.json").read_text())
+    took = {one["name"]: one["seconds"] for one in spans}
     stages = {}
     for log in sorted((folder / "reports/logs").glob("*.log")):
         found = [json.loads(text) for text in _FACTS.findall(log.read_text(errors="replace"))]
-        if found and log.stat().st_mtime:
-            stages[log.stem] = Cost(
-                seconds=sum(one["seconds"] for one in found), peak_bytes=max(one["peak_mib"] for one in found) * MIB
-            )
+        seconds = sum(one["seconds"] for one in found)
+        # The log of what the cache had is there too, and tells of another build.
+        work = [f"{log.stem}: convert", f"{log.stem}: cast", f"{log.stem.removesuffix('-verify')}: verify"]
+        if found and max(took.get(name, 0.0) for name in work) >= seconds:
+            stages[log.stem] = Cost(seconds=seconds, peak_bytes=max(one["peak_mib"] for one in found) * MIB)
     return Build(
-        target=target, exit_code=child.returncode, command=Cost(seconds=seconds, peak_bytes=peak), stages=stages
+        target=target,
+        exit_code=child.returncode,
+        command=Cost(seconds=seconds, peak_bytes=peak),
+        stages=stages,
+        spans=[(one["name"], one["start"], one["seconds"]) for one in spans],
     )
 
 
@@ -206,53 +260,6 @@ def _watch(child: subprocess.Popen[bytes]) -> int:
 def _edgegen(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "edgegen.cli.main", *arguments]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-
-
-def table(measured: Measured, settings: dict[str, str]) -> str:
-    """Everything as Markdown."""
-    lines = [f"- {key}: {value}" for key, value in settings.items()]
-    sizes = {name: 4 * count for name, count in measured.parameters.items()}
-    lines += ["", "## Lowering, a component at a time", ""]
-    lines += ["| backend | component | fp32 MB | bare s | bare peak MB | here s | here peak MB | peak / fp32 | asked |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
-    first = measured.builds[0] if measured.builds else None
-    for backend, parts in measured.bare.items():
-        for component, cost in parts.items():
-            own = None if first is None else first.stages.get(f"{backend}-{component}")
-            here = ["", "", "", ""]
-            if own is not None:
-                here = [f"{own.seconds:.1f}", _mb(own.peak_bytes), f"{own.peak_bytes / sizes[component]:.1f}x", ""]
-            here[3] = f"<= {ASKED_PEAK[backend]:g}x"
-            shown = [backend, component, _mb(sizes[component]), f"{cost.seconds:.1f}", _mb(cost.peak_bytes), *here]
-            lines.append(f"| {' | '.join(shown)} |")
-    total = sum(cost.seconds for parts in measured.bare.values() for cost in parts.values())
-    lines += ["", "## The whole build", "", f"Bare converters together: {total:.1f} s.", ""]
-    lines += ["| target | exit | seconds | against | ratio | asked | peak of the command, MB | lowered / verified |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    for index, build in enumerate(measured.builds):
-        against, asked = (total, ASKED_TIME) if index == 0 else (measured.builds[0].command.seconds, ASKED_SECOND)
-        what = "bare converters" if index == 0 else f"{measured.builds[0].target}"
-        ratio = build.command.seconds / against if against else float("nan")
-        verifying = sum(cost.seconds for name, cost in build.stages.items() if name.endswith("-verify"))
-        lowering = sum(cost.seconds for name, cost in build.stages.items() if not name.endswith("-verify"))
-        seconds = f"{build.command.seconds:.1f} | {what} | {ratio:.2f}x | <= {asked:g}x"
-        peak = _mb(build.command.peak_bytes)
-        lines.append(
-            f"| {build.target} | {build.exit_code} | {seconds} | {peak} | {lowering:.1f} s / {verifying:.1f} s |"
-        )
-    lines += ["", "## Verification", "", "| target | backend | seconds | peak MB |", "|---|---|---|---|"]
-    for build in measured.builds:
-        for name, cost in build.stages.items():
-            if name.endswith("-verify"):
-                lines.append(
-                    f"| {build.target} | {name.removesuffix('-verify')} | {cost.seconds:.1f} | {_mb(cost.peak_bytes)} |"
-                )
-    calls = "\n".join(f"- {name}: `{call}`" for name, call in CALLS.items() if name in measured.bare)
-    return "\n".join([*lines, "", "## Bare calls", "", calls, ""])
-
-
-def _mb(count: int) -> str:
-    return f"{count / 1e6:.0f}"
 
 
 if __name__ == "__main__":

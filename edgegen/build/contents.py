@@ -14,6 +14,7 @@ from edgegen.build.lowering import LoweredComponent
 from edgegen.build.planned import Realised
 from edgegen.bundle.manifest import Manifest
 from edgegen.bundle.write import BundleContents
+from edgegen.cache import recorded_files
 from edgegen.report.html import PictureRow, render
 from edgegen.students.student import Student
 from edgegen.verify.trajectory import Picture, Reference
@@ -51,8 +52,15 @@ def contents_of(
         manifest=manifest,
         artifacts=list(dict.fromkeys((one.job.backend, one.folder) for one in lowered)),
         files=files,
-        reports={**logs, "parity.json": parity, "profile.json": profiles, "rewrites.json": rewrites, "times.json": [span.model_dump() for span in clock.spans()]},
+        reports={
+            **logs,
+            "parity.json": parity,
+            "profile.json": profiles,
+            "rewrites.json": rewrites,
+            "times.json": [span.model_dump() for span in clock.spans()],
+        },
         report_html=page,
+        linkable={path: sha for one in lowered for path, sha in recorded_files(one.entry).items()},
     )
 
 

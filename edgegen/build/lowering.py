@@ -6,9 +6,10 @@ import hashlib
 import math
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache as memoize
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,10 +23,13 @@ from edgegen.build.clock import Clock
 from edgegen.build.graphs import Graphs, Rewriting
 from edgegen.cache import Cache
 from edgegen.errors import EdgegenError, GateError
+from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Backend, Lowered, LowerRequest, Precision, get_backend
 from edgegen.lower.chain import lower_chain
 from edgegen.lower.mlpackage import function_path
-from edgegen.lower.worker import lower_in_child
+from edgegen.lower.tflite_half import halve_in_child
+from edgegen.lower.worker import lower_in_child, open_home
+from edgegen.nursery import Home
 from edgegen.precision.plan import ComponentPlan
 from edgegen.precision.repair.tensors import Tensors, content
 from edgegen.rewrite.forecast import Forecast
@@ -38,8 +42,9 @@ from edgegen.verify.worker import PREDICTED
 
 RECORDS = TypeAdapter(tuple[PassRecord, ...])
 HAZARDS = TypeAdapter(tuple[Hazard, ...])
-PEAKS = {"coreai": 8, "coreml": 6, "executorch": 6, "onnx": 5, "tflite": 8}
-"""Backend -> how many times the fp32 weights its converter may take, with room to spare: see docs/benchmarks."""
+_SIGNATURE = TypeAdapter(tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]])
+PEAKS = {"coreai": 8, "coreml": 4, "executorch": 4, "onnx": 3, "tflite": 6}
+"""Backend -> how many times the fp32 weights its converter may take, with room to spare: docs/benchmarks/scale-*.md."""
 BASE_BYTES = 1 << 30
 """What a converter takes for itself."""
 
@@ -142,8 +147,13 @@ class LowerFailure:
 
 def tool_versions(backend: Backend) -> dict[str, str]:
     """Versions of every distribution that shapes what the backend writes; an absent one is `missing`."""
-    found = {"torch": version("torch")}
-    for name in backend.distributions:
+    return distributions("torch", *backend.distributions)
+
+
+def distributions(*names: str) -> dict[str, str]:
+    """Distribution -> its version, `missing` where it is not installed."""
+    found = {}
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -163,6 +173,25 @@ def compiler_fingerprint() -> str:
     return digest.hexdigest()
 
 
+class _Homes:
+    """For each backend one process that has imported its converter, from when something is to be lowered with it."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Home | None] = {}
+        self._lock = threading.Lock()
+
+    def of(self, backend: str) -> Home | None:
+        with self._lock:
+            if backend not in self._open:
+                self._open[backend] = open_home(backend)
+            return self._open[backend]
+
+    def close(self) -> None:
+        for home in self._open.values():
+            if home is not None:
+                home.close()
+
+
 def lower_all(
     jobs: Sequence[LowerJob],
     graphs: Graphs,
@@ -173,29 +202,37 @@ def lower_all(
 ) -> list[LoweredComponent | LowerFailure]:
     """Lower `jobs`, as many at once as cores and memory allow; results in the order of the jobs."""
     clock = clock or Clock()
-    workers = min(len(jobs), os.cpu_count() or 1)
+    # One more than there are cores: now and then one waits for the disk, or for the graph that another rewrites.
+    workers = min(len(jobs), (os.cpu_count() or 1) + 1)
     free = available_memory()
     admission = Admission(None if free is None else int(SHARE * free))
 
-    needs = [BASE_BYTES + PEAKS[job.backend] * _weight_bytes(job.component) for job in jobs]
+    needs = [BASE_BYTES + PEAKS[job.backend] * weight_bytes(job.component) for job in jobs]
+
+    homes = _Homes()
 
     def run(place: int) -> LoweredComponent | LowerFailure:
-        with admission.room_for(needs[place]):
-            with clock.span(f"{_name(jobs[place])}: whole"):
-                result = _lower_one(jobs[place], graphs, cache, log_dir, clock)
+        with admission.room_for(needs[place]), clock.span(f"{_name(jobs[place])}: whole"):
+            result = _lower_one(jobs[place], graphs, cache, log_dir, clock, homes)
         done(jobs[place])
         return result
 
-    # The largest go first, so that none is left over at the end. Threads only wait: the work is in child processes.
-    order = sorted(range(len(jobs)), key=lambda place: -needs[place])
-    made: list[LoweredComponent | LowerFailure] = Parallel(n_jobs=max(1, workers), backend="threading")(
-        delayed(run)(place) for place in order
-    )
+    # The largest go first, so that none is left over at the end; but those whose graph is computed in float16 first, on
+    # all cores and with nobody else rewriting, when others have something to convert. Threads only wait: the work is in
+    # child processes.
+    order = sorted(range(len(jobs)), key=lambda place: (jobs[place].half, -needs[place]))
+    try:
+        made: list[LoweredComponent | LowerFailure] = Parallel(n_jobs=max(1, workers), backend="threading")(
+            delayed(run)(place) for place in order
+        )
+    finally:
+        homes.close()
     results = dict(zip(order, made, strict=True))
     return [results[place] for place in range(len(jobs))]
 
 
-def _weight_bytes(component: Component) -> int:
+def weight_bytes(component: Component) -> int:
+    """Of its parameters, in fp32."""
     return sum(4 * parameter.numel() for parameter in component.module.parameters())
 
 
@@ -204,25 +241,16 @@ def _name(job: LowerJob) -> str:
 
 
 def _lower_one(
-    job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path, clock: Clock
+    job: LowerJob, graphs: Graphs, cache: Cache, log_dir: Path, clock: Clock, homes: _Homes
 ) -> LoweredComponent | LowerFailure:
-    backend = get_backend(job.backend)
-    key = cache.key(
-        "lower",
-        component=job.component.fingerprint,
-        backend=job.backend,
-        precision=job.precision,
-        options=dict(sorted(job.options.items())),
-        passes=f"{job.canonical}; {job.shape}",
-        plan=None if job.plan is None else job.plan.model_dump(mode="json"),
-        repaired=content(job.repaired),
-        parts=job.parts,
-        versions=tool_versions(backend),
-        compiler=compiler_fingerprint(),
-    )
     log = log_dir / f"{_name(job)}.log"
 
     def build(entry: Path) -> None:
+        if (made := _float_entry(job, cache)) is not None:
+            with clock.span(f"{_name(job)}: cast"):
+                _halve(job, made, entry, log, homes)
+            return
+        home = homes.of(job.backend)  # it imports while the graph is rewritten
         with clock.span(f"{_name(job)}: rewrite"):
             rewriting = rewritten(job, graphs)
         with clock.span(f"{_name(job)}: forecast"):
@@ -242,22 +270,23 @@ def _lower_one(
         )
         with clock.span(f"{_name(job)}: convert"):
             if job.parts == 1:
-                lowered = lower_in_child(job.backend, rewriting.program, request, log)
+                lowered = lower_in_child(job.backend, rewriting.program, request, log, home=home)
             else:
-                lowered = lower_chain(job.backend, rewriting.program, request, log, job.parts)
+                lowered = lower_chain(job.backend, rewriting.program, request, log, job.parts, home)
         # Codes that round the other way outweigh what float16 does between them: the plan's own bounds judge those.
         integers = any(one.precision.startswith("w8a8") for one in rewriting.quantized.values())
         if rewriting.half_db is not None and math.isfinite(rewriting.half_db) and not integers:
             details = {**lowered.details, PREDICTED: f"{rewriting.half_db:.2f}"}
             lowered = lowered.model_copy(update={"details": details})
         (entry / "lowered.json").write_text(lowered.model_dump_json())
+        (entry / "signature.json").write_bytes(_SIGNATURE.dump_json((request.inputs, request.outputs)))
         (entry / "passes.json").write_bytes(RECORDS.dump_json(rewriting.records))
         (entry / "hazards.json").write_bytes(HAZARDS.dump_json(rewriting.hazards))
         (entry / "forecast.json").write_text(foreseen.model_dump_json())
         shutil.copyfile(log, entry / "log.txt")
 
     try:
-        entry = cache.directory(key, build)
+        entry = cache.directory(_key(job, cache), build)
         foreseen = Forecast.model_validate_json((entry / "forecast.json").read_text())
         _require_pieces(job, foreseen)
     except EdgegenError as error:
@@ -266,6 +295,47 @@ def _lower_one(
     records = RECORDS.validate_json((entry / "passes.json").read_bytes())
     hazards = HAZARDS.validate_json((entry / "hazards.json").read_bytes())
     return LoweredComponent(job, entry, lowered, records, hazards, foreseen)
+
+
+def was_lowered(job: LowerJob, cache: Cache) -> bool:
+    """Whether the cache seems to have what `job` makes: a look at a name, not at what is there."""
+    return cache.has(_key(job, cache))
+
+
+def _key(job: LowerJob, cache: Cache) -> str:
+    return cache.key(
+        "lower",
+        component=job.component.fingerprint,
+        backend=job.backend,
+        precision=job.precision,
+        options=dict(sorted(job.options.items())),
+        passes=f"{job.canonical}; {job.shape}",
+        plan=None if job.plan is None else job.plan.model_dump(mode="json"),
+        repaired=content(job.repaired),
+        parts=job.parts,
+        versions=tool_versions(get_backend(job.backend)),
+        compiler=compiler_fingerprint(),
+    )
+
+
+def _float_entry(job: LowerJob, cache: Cache) -> Path | None:
+    """What was made of the same graph in fp32, where fp16 is a cast of that; None where it is not, or is not there."""
+    storage = job.backend == "tflite" and job.precision == "fp16" and job.plan is None and job.parts == 1
+    return cache.find(_key(replace(job, precision="fp32"), cache)) if storage else None
+
+
+def _halve(job: LowerJob, made: Path, entry: Path, log: Path, homes: _Homes) -> None:
+    """Fill `entry` from the fp32 entry `made`: the graph and all that is known of it are the same."""
+    inputs, outputs = _SIGNATURE.validate_json((made / "signature.json").read_bytes())
+    _require_pieces(job, Forecast.model_validate_json((made / "forecast.json").read_text()))
+    (entry / "artifact").mkdir()
+    request = LowerRequest(job.component.name, inputs, outputs, "fp16", entry / "artifact")
+    source = made / "artifact" / Lowered.model_validate_json((made / "lowered.json").read_text()).file
+    lowered = halve_in_child(source, request, log, homes.of(job.backend))
+    (entry / "lowered.json").write_text(lowered.model_dump_json())
+    for name in ("signature.json", "passes.json", "hazards.json", "forecast.json"):
+        shutil.copyfile(made / name, entry / name)
+    shutil.copyfile(log, entry / "log.txt")
 
 
 def rewritten(job: LowerJob, graphs: Graphs) -> Rewriting:

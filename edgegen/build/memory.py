@@ -73,6 +73,22 @@ def decide(
     return Memory(components, plans, tilings)
 
 
+def foreseen_parts(
+    student: Student, recipe: Recipe, graphs: Graphs, canonical: Mapping[str, Pipeline]
+) -> dict[str, dict[str, int]]:
+    """Backend -> component -> into how many files it will be cut, as far as that is known before any picture is drawn:
+    1 where the decoder has to be tiled first."""
+    found = {name: footprint(graphs.canonical(student.components[name], canonical[name]).program) for name in canonical}
+    parts: dict[str, dict[str, int]] = {}
+    for backend in recipe.backends:
+        try:
+            plan = _share(recipe, backend, found, {})
+            parts[backend.name] = {name: one.parts for name, one in plan.components.items()}
+        except TooLarge:
+            parts[backend.name] = dict.fromkeys(found, 1)
+    return parts
+
+
 def _share(
     recipe: Recipe, backend: BackendRecipe, found: Mapping[str, Footprint], tilings: Mapping[str, Tiling]
 ) -> MemoryPlan:

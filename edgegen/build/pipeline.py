@@ -16,12 +16,14 @@ from edgegen.build.clock import Clock
 from edgegen.build.contents import Rewrites, contents_of, rewrites_of
 from edgegen.build.graphs import Graphs
 from edgegen.build.joining import join_components
-from edgegen.build.lowering import LoweredComponent, LowerFailure, LowerJob, lower_all
-from edgegen.build.memory import Memory, decide
+from edgegen.build.lowering import LoweredComponent, LowerFailure, LowerJob, lower_all, was_lowered, weight_bytes
+from edgegen.build.memory import Memory, decide, foreseen_parts
 from edgegen.build.planned import realise, with_plan
 from edgegen.build.progress import Progress
-from edgegen.build.recipe import Recipe
+from edgegen.build.recipe import BackendRecipe, Recipe
 from edgegen.build.record import executed, manifest_of
+from edgegen.build.remembered import remembered_reference
+from edgegen.build.room import Conversion, require_room
 from edgegen.build.verification import verify_all
 from edgegen.bundle.manifest import (
     Manifest,
@@ -30,13 +32,14 @@ from edgegen.bundle.write import reserve, write_bundle
 from edgegen.cache import Cache
 from edgegen.errors import EdgegenError, GateError
 from edgegen.graph.tiles import Tiling, cut_tiles
+from edgegen.heap import keep_freed_memory
 from edgegen.report.summary import summarise
 from edgegen.rewrite.pipeline import Pipeline
 from edgegen.rewrite.registry import parse
+from edgegen.students.archive import available_memory
 from edgegen.students.student import Student
 from edgegen.verify import gates
 from edgegen.verify.outcome import Outcome, ParityReport
-from edgegen.verify.reference import reference
 from edgegen.verify.trajectory import Reference, Sample, Signature
 
 
@@ -95,7 +98,7 @@ class _Shared:
             self.progress.advance()
             counts = step_counts(self.student, recipe.steps)
             with self.clock.span("reference in torch"):
-                self.references[key] = reference(self.student, step_counts=counts, signatures=signatures)
+                self.references[key] = remembered_reference(self.student, counts, signatures, self.cache)
             self.progress.advance()
         return self.references[key]
 
@@ -122,6 +125,7 @@ def build_all(
     shrink: Path | None = None,
 ) -> list[Built]:
     """Build one bundle a recipe. A recipe that fails does not stop the others; see `raise_for_failures`."""
+    keep_freed_memory()
     shared = _Shared(student, cache, progress, dump_ir, shrink)
     return [build(shared, recipe) for recipe in recipes]
 
@@ -149,13 +153,14 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
     student, progress = shared.student, shared.progress
     with reserve(recipe.output) as writer, tempfile.TemporaryDirectory(prefix="edgegen-build-") as folder:
         work = Path(folder)
+        canonical = {name: _pipeline(recipe.canonical[name]) for name in recipe.components}
+        _require_room(shared, recipe, canonical)
         truth = shared.reference(recipe)
         realised = realise(recipe)
         if realised is not None:
             progress.stage(f"{recipe.target}: what the plan computes", 1)
             truth = with_plan(truth, realised, student, recipe, shared.graphs)
             progress.advance()
-        canonical = {name: _pipeline(recipe.canonical[name]) for name in recipe.components}
         with shared.clock.span("memory"):
             memory = decide(student, recipe, shared.graphs, canonical, truth)
         _tell(progress, memory)
@@ -192,7 +197,9 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
         with shared.clock.span("manifest"):
             manifest = manifest_of(student, recipe, lowered, truth, work, realised, memory)
         with shared.clock.span("verify"):
-            verified = verify_all(progress, shared.graphs, recipe, manifest, lowered, truth, work)
+            verified = verify_all(
+                progress, shared.graphs, shared.cache, shared.clock, recipe, manifest, lowered, truth, work
+            )
         manifest = manifest.model_copy(update={"artifacts": tuple(executed(a, verified) for a in manifest.artifacts)})
         built = Built(
             recipe, recipe.output, manifest, tuple(v.parity for v in verified.values()), failures, rewrites_of(lowered)
@@ -200,7 +207,9 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
         if shared.shrink is not None and not built.passed:
             _shrink(shared, built, jobs, truth, shared.shrink / recipe.target)
         progress.stage(f"{recipe.target}: bundle", 1)
-        contents = contents_of(built.manifest, built.rewrites, student, verified, lowered, truth, work, realised, shared.clock)
+        contents = contents_of(
+            built.manifest, built.rewrites, student, verified, lowered, truth, work, realised, shared.clock
+        )
         if built.passed:
             with shared.clock.span("bundle"):
                 writer.write(contents)
@@ -210,6 +219,26 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
             write_bundle(failed, contents)
         progress.advance()
         return built
+
+
+def _require_room(shared: _Shared, recipe: Recipe, canonical: dict[str, Pipeline]) -> None:
+    """EdgegenError before anything takes long where this machine cannot convert what is asked for."""
+    parts = foreseen_parts(shared.student, recipe, shared.graphs, canonical)
+
+    def wanted(backend: BackendRecipe, name: str, count: int) -> LowerJob:
+        part, shape = shared.student.components[name], _pipeline(backend.passes)
+        precision, options = recipe.precision(backend, name), backend.lowering_options
+        return LowerJob(part, backend.name, precision, options, canonical[name], shape, parts=count)
+
+    conversions = {
+        backend.name: tuple(
+            Conversion(backend.name, name, weight_bytes(shared.student.components[name]), count)
+            for name, count in parts[backend.name].items()
+            if recipe.plan is not None or not was_lowered(wanted(backend, name, count), shared.cache)
+        )
+        for backend in recipe.backends
+    }
+    require_room(conversions, available_memory())
 
 
 def _tell(progress: Progress, memory: Memory) -> None:

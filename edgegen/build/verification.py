@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from edgegen.build.clock import Clock
 from edgegen.build.graphs import Graphs
 from edgegen.build.lowering import LoweredComponent, rewritten
 from edgegen.build.progress import Progress
 from edgegen.build.recipe import Recipe
+from edgegen.build.remembered import remembered_verification
 from edgegen.bundle.manifest import Manifest
+from edgegen.cache import Cache
 from edgegen.lower.backend import get_backend
 from edgegen.verify.outcome import ComponentParity, Outcome, ParityReport
 from edgegen.verify.trajectory import Reference
@@ -27,6 +30,8 @@ from edgegen.verify.worker import (
 def verify_all(
     progress: Progress,
     graphs: Graphs,
+    cache: Cache,
+    clock: Clock,
     recipe: Recipe,
     manifest: Manifest,
     lowered: Sequence[LoweredComponent],
@@ -57,7 +62,11 @@ def verify_all(
             verified[backend.name] = unexecuted(job, reason)
             progress.note(f"{backend.name}: not executed here: {reason}")
         else:
-            found = verify_in_child(job, work / "logs" / f"{backend.name}-verify.log")
+            log = work / "logs" / f"{backend.name}-verify.log"
+            with clock.span(f"{backend.name}: verify"):
+                found, before = remembered_verification(job, mine, cache, log, verify_in_child)
+            if before:
+                progress.note(f"{backend.name}: executed and measured before: the same artifacts, reference and host")
             blamed = _with_blame(found.parity, mine, graphs, truth, manifest.tilings)
             verified[backend.name] = Verified(parity=blamed, profile=found.profile)
         progress.advance()

@@ -30,6 +30,8 @@ from edgegen.bundle.stage import Staging, stage, told_as_errors
 from edgegen.errors import EdgegenError
 
 _CHUNK = 4 * 2**20
+LINKED_FROM = 64 * 2**20
+"""Bytes: from here on copying and hashing a file again takes longer than it is worth."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,16 @@ class BundleContents:
     `manifest` is complete but for `files`, which the writer fills in. `artifacts` are (backend, folder): what lies in
     the folder goes to `components/<backend>/`, so several components may bring a folder each. `files` maps a path in
     the bundle to a file or folder that is copied, or to its content. `reports` maps a name below `reports/` to a
-    model or plain data (written as JSON), to text, or to a file or folder that is copied.
+    model or plain data (written as JSON), to text, or to a file or folder that is copied. `linkable` has files below
+    the artifacts' folders that never change, and the sha256 of each: a large one becomes a hard link where the file
+    system allows it, and is read-only from then on, since other bundles may share it.
     """
 
     manifest: Manifest
     artifacts: Sequence[tuple[str, Path]]
     files: Mapping[str, Path | bytes | str] = field(default_factory=dict)
     reports: Mapping[str, object] = field(default_factory=dict)
+    linkable: Mapping[Path, str] = field(default_factory=dict)
     report_html: str | None = None
 
 
@@ -115,7 +120,7 @@ def _fill(root: Path, contents: BundleContents) -> None:
     for backend, folder in contents.artifacts:
         if not folder.is_dir():
             raise EdgegenError(f"artifact folder `{folder}` of backend `{backend}` does not exist")
-        _copy(folder, root, f"components/{backend}", written)
+        _copy(folder, root, f"components/{backend}", written, contents.linkable)
     for name, source in contents.files.items():
         if isinstance(source, Path):
             _copy(source, root, name, written)
@@ -160,18 +165,40 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _copy(source: Path, root: Path, name: str, written: dict[str, FileEntry]) -> None:
-    """Copy a file, or a folder with everything in it, to `name`. Links are refused: a bundle stands alone."""
+def _copy(
+    source: Path, root: Path, name: str, written: dict[str, FileEntry], linkable: Mapping[Path, str] | None = None
+) -> None:
+    """Copy a file, or a folder with everything in it, to `name`. Symbolic links are refused: a bundle stands alone."""
     if source.is_symlink() or not (source.is_file() or source.is_dir()):
         raise EdgegenError(f"`{source}` cannot go into a bundle: it is no file and no folder")
     if source.is_file():
+        known = (linkable or {}).get(source)
+        if known is not None and _linked(source, root, name):
+            written[PurePosixPath(name).as_posix()] = FileEntry(sha256=known, bytes=source.stat().st_size)
+            return
         with source.open("rb") as stream:
             _write(root, name, iter(lambda: stream.read(_CHUNK), b""), written)
         return
     relative_path(name)
     (root / name).mkdir(parents=True, exist_ok=True)
     for part in sorted(source.iterdir()):
-        _copy(part, root, f"{name}/{part.name}", written)
+        _copy(part, root, f"{name}/{part.name}", written, linkable)
+
+
+def _linked(source: Path, root: Path, name: str) -> bool:
+    """Whether `name` is now another name of the large file `source`."""
+    if source.stat().st_size < LINKED_FROM:
+        return False
+    path = root / relative_path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        source.chmod(0o444)
+        path.hardlink_to(source)
+    except FileExistsError as error:
+        raise EdgegenError(f"two files of the bundle want to be `{name}`") from error
+    except OSError:  # another file system, or one without hard links
+        return False
+    return True
 
 
 def _write(root: Path, name: str, content: Any, written: dict[str, FileEntry]) -> None:

@@ -26,6 +26,8 @@ from edgegen.lower.backend import Array, Backend, Delegation, Executable, Lowere
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from edgegen.nursery import Home
+
 Floats = NDArray[np.float32]
 SUFFIX = ".chain"
 INDEX = "chain.json"
@@ -166,7 +168,14 @@ def artifact_files(path: Path) -> tuple[Path, ...]:
     return tuple(path / link.file for link in read_chain(path).links)
 
 
-def lower_chain(backend: str, program: ExportedProgram, request: LowerRequest, log: Path, parts: int) -> Lowered:
+def lower_chain(
+    backend: str,
+    program: ExportedProgram,
+    request: LowerRequest,
+    log: Path,
+    parts: int,
+    home: Home | None = None,
+) -> Lowered:
     """Lower `program` as `parts` files of about equal weight, each in a child process; one log after another."""
     from edgegen.graph.capture import signature
     from edgegen.graph.cut import cut
@@ -190,7 +199,7 @@ def lower_chain(backend: str, program: ExportedProgram, request: LowerRequest, l
             quantized={name: plan for name, plan in request.quantized.items() if name in names},
         )
         own_log = log.with_name(f"{log.stem}-{index}{log.suffix}")
-        lowered.append(lower_in_child(backend, part.program, one, own_log))
+        lowered.append(lower_in_child(backend, part.program, one, own_log, home=home))
         logs.append(f"part {index} of {parts}\n{own_log.read_text(errors='replace')}")
         log.write_text("\n".join(logs))
         links.append(Link(file=lowered[-1].file, inputs=one.inputs, outputs=one.outputs))

@@ -7,6 +7,7 @@ a float16 step is half a radian, so sines and cosines of such an angle are noise
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,7 @@ from edgegen.lower.coreml_execute import (
     open_program,
 )
 from edgegen.lower.coreml_values import each_value, nodes_of_values, value_stem
+from edgegen.lower.mapped_weights import release_pages
 from edgegen.lower.mlpackage import (
     operations,
     read_program,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 TARGETS = ("iOS16", "iOS17", "iOS18", "iOS26")
 DEFAULT_TARGET = "iOS17"
+LARGE_BYTES = 1 << 27
 _PERIODIC = frozenset({"sin", "cos"})
 # What may lie between an angle's source and its sine: shape changes and arithmetic, nothing with weights.
 _ANGLE_OPS = frozenset(
@@ -116,7 +119,14 @@ class CoreMLBackend:
             raise
         except Exception as error:
             raise EdgegenError(f"`{request.component}` cannot be lowered to Core ML: {reason(error)}") from error
+        release_pages()
         write_package(model.get_spec(), Path(model.weights_dir), path)
+        state = state_details(decomposed)
+        kept_states = state_notes(decomposed)
+        # What is read back is held beside what is let go here.
+        del model, decomposed, floats, stored, program
+        if sum(one.stat().st_size for one in path.rglob("*")) > LARGE_BYTES:
+            gc.collect()
 
         spec = read_spec(path)
         _check(path, spec, request.inputs, request.outputs)
@@ -132,14 +142,14 @@ class CoreMLBackend:
             "specification_version": str(spec.specificationVersion),
             "operations": str(census.total()),
             "compute_precision": "float16" if request.precision == "fp16" else "float32",
-            **state_details(decomposed),
+            **state,
         }
         if request.quantized:
             details |= count_compressed(written, request.quantized, compress.placed, f"`{file}`")
             details["weight_bytes"] = str(sum(one.stat().st_size for one in path.rglob("*.bin")))
         lints = lint(path)
         details |= lints.details()
-        notes = state_notes(decomposed) + lints.notes()
+        notes = kept_states + lints.notes()
         if spared:
             notes += (
                 f"kept in float32: {', '.join(sorted(spared))}, which float16 would break "

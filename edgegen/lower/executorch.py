@@ -9,6 +9,8 @@ position, in the order of the specs, which is the order of the manifest.
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,12 +24,14 @@ from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
 from edgegen.lower.collection import without_collection
 from edgegen.lower.executorch_quantize import one_dequantize_a_reader, quantized_details, refuse_unrunnable
+from edgegen.lower.mapped_weights import release_pages
 from edgegen.lower.signature import check_call, check_product, check_signature, reason
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 DELEGATE = "XnnpackBackend"
+LARGE_BYTES = 1 << 28
 METHOD = "forward"
 # Codes of c10's ScalarType, as the method's own description gives them.
 DTYPES = {6: "float32", 3: "int32"}
@@ -89,18 +93,28 @@ class ExecuTorchBackend:
         try:
             if request.quantized:
                 program = one_dequantize_a_reader(program)
-            with without_collection(), _shared_provenance(), _needless_traces_left_out():
+            with without_collection(), _shared_provenance(), _needless_traces_left_out(), _shared_weights():
                 edge = to_edge_transform_and_lower(program, partitioner=[_partitioner()])
                 partitioned = edge.exported_program()
                 delegation = _delegation(partitioned)
                 final = edge.to_executorch()
             with path.open("wb") as stream:
                 final.write_to_file(stream)
+            int8: dict[str, str] = {}
+            if request.quantized:
+                int8 = quantized_details(path.read_bytes(), program, partitioned, request.quantized)
+            # The runtime is about to make its own copies of the weights. What holds ours refers to itself in circles.
+            del edge, partitioned, final
+            if path.stat().st_size > LARGE_BYTES:
+                _forget()
+                gc.collect()
+                release_pages()
+        except EdgegenError:
+            raise
         except Exception as error:
             raise EdgegenError(f"`{request.component}` cannot be lowered to ExecuTorch: {reason(error)}") from error
         check_product(request.component, path)
         self.load(path, request.inputs, request.outputs).close()
-        int8 = quantized_details(path.read_bytes(), program, partitioned, request.quantized)
         details = int8 | {
             "delegate": DELEGATE,
             "method": METHOD,
@@ -232,6 +246,45 @@ def _shared_provenance() -> Iterator[None]:
         yield
     finally:
         delattr(NodeSource, "__deepcopy__")
+
+
+def _forget() -> None:
+    """Empty the caches that hold a lowered graph, and with it the delegates' copies of the weights."""
+    from executorch.exir.backend import utils
+    from torch._subclasses import FakeTensorMode
+
+    FakeTensorMode.cache_clear()  # arguments of calls, a delegate among them
+    if hasattr(utils.is_same_node, "cache_clear"):
+        utils.is_same_node.cache_clear()
+
+
+@contextmanager
+def _shared_weights() -> Iterator[None]:
+    """Each subgraph is copied before a delegate may change it, with its weights, though the delegate changes graphs.
+
+    A copy of a program shares the tensors of the program: a fp32 model is held once less.
+    """
+    from torch import Tensor
+    from torch.export import ExportedProgram
+
+    if "__deepcopy__" in vars(ExportedProgram):
+        yield
+        return
+
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        for value in (*self.state_dict.values(), *self.constants.values()):
+            if isinstance(value, Tensor):
+                memo[id(value)] = value
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
+    setattr(ExportedProgram, "__deepcopy__", deepcopy)  # noqa: B010 (mypy sees no such attribute)
+    try:
+        yield
+    finally:
+        delattr(ExportedProgram, "__deepcopy__")
 
 
 @contextmanager

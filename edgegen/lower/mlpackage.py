@@ -50,7 +50,10 @@ def write_package(spec: Any, weights_dir: Path, package: Path) -> None:
         for blob in blobs:
             copy = data / _WEIGHTS / blob.relative_to(weights_dir)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(blob, copy)
+            try:
+                copy.hardlink_to(blob)  # the converter wrote it a moment ago, and throws it away
+            except OSError:
+                shutil.copyfile(blob, copy)
         items.append(_item(data, _WEIGHTS, "CoreML Model Weights"))
     manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": dict(items), "rootModelIdentifier": root}
     (package / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")

@@ -14,7 +14,8 @@ rounded.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Prec
 from edgegen.lower.onnx_exact import exact_constants
 from edgegen.lower.onnx_optimised import PROVIDER, optimised_graph
 from edgegen.lower.onnx_quantize import check_integers, opset_for, quantize_model, refuse, without_dynamic_ranges
+from edgegen.lower.onnx_write import write_model
 from edgegen.lower.signature import check_call, check_product, check_signature, reason
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 OPSET = 20
 # A protobuf message ends at 2 GB; the margin is for the graph itself.
 EXTERNAL_DATA_ABOVE = 2**31 - 2**26
+# From here on a single file is written piece by piece, and read by the runtime itself: each copy of it counts.
+STREAMED_ABOVE = 2**26
 # Model metadata: name of a value in the artifact, by the name of the fx node of the captured graph that it is.
 FX_VALUES = "edgegen.fx_values"
 DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32"}
@@ -111,13 +115,17 @@ class OnnxBackend:
             _strip(model)
             model.metadata_props[FX_VALUES] = json.dumps(values, sort_keys=True)
             external = sum(value.const_value.nbytes for value in _initializers(model)) > EXTERNAL_DATA_ABOVE
-            exported.save(str(path), external_data=external)
-            onnx.checker.check_model(str(path), full_check=True)
+            with _saved(exported, path, external) as shown:
+                onnx.checker.check_model(str(shown), full_check=True)
+                check_product(request.component, path)
+                # Making the session proves that the provider has a kernel for every operator, and the signature is read
+                # back. A large model is opened as it was written, not optimised: that is done when it is executed.
+                small = shown == path and not external
+                _session_of(shown, path, request.inputs, request.outputs, optimise=small)
+        except EdgegenError:
+            raise
         except Exception as error:
             raise EdgegenError(f"`{request.component}` cannot be lowered to ONNX: {reason(error)}") from error
-        check_product(request.component, path)
-        # Making the session proves that the provider has a kernel for every operator; load() reads the signature back.
-        self.load(path, request.inputs, request.outputs).close()
         total = sum(1 for _ in model.graph.all_nodes())
         details = {
             "opset": str(opset),
@@ -155,13 +163,7 @@ class OnnxBackend:
         what = f"`{path.name}`"
         if not path.is_file():
             raise EdgegenError(f"{what} does not exist")
-        session = _session(path.read_bytes() if _self_contained(path) else str(path), path)
-        for side, specs, found in (
-            ("inputs", inputs, session.get_inputs()),
-            ("outputs", outputs, session.get_outputs()),
-        ):
-            check_signature(what, side, [_spec(tensor, what) for tensor in found], specs)
-        return OnnxExecutable(session, what, inputs, outputs)
+        return OnnxExecutable(_session_of(path, path, inputs, outputs), what, inputs, outputs)
 
     def intermediate_values(self, path: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Every value of the artifact that is a node of the captured graph, by that node's name, unoptimised.
@@ -191,6 +193,32 @@ class OnnxBackend:
         except Exception as error:
             raise EdgegenError(f"`{path.name}` failed while it ran: {reason(error)}") from error
         return {node: values[name] for node, name in by_node.items()}
+
+
+@contextmanager
+def _saved(exported: Any, path: Path, external: bool) -> Iterator[Path]:
+    """Write the model to `path`, and give what to look at it by: itself, or for a large one in a single file a small
+    model that refers to its weights."""
+    size = sum(value.const_value.nbytes for value in _initializers(exported.model))
+    if external or size < STREAMED_ABOVE:
+        exported.save(str(path), external_data=external)
+        yield path
+        return
+    with write_model(exported.model, path).referring() as small:
+        yield small
+
+
+def _session_of(
+    shown: Path, path: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], optimise: bool = True
+) -> Any:
+    """A session of the model in `shown`, called after `path`, whose signature is that of the specs."""
+    session = _session(shown.read_bytes() if _self_contained(shown) and shown == path else str(shown), path, optimise)
+    for side, specs, found in (
+        ("inputs", inputs, session.get_inputs()),
+        ("outputs", outputs, session.get_outputs()),
+    ):
+        check_signature(f"`{path.name}`", side, [_spec(tensor, f"`{path.name}`") for tensor in found], specs)
+    return session
 
 
 def _opset(request: LowerRequest) -> int:
@@ -258,8 +286,9 @@ def _initializers(model: Any) -> list[Any]:
 
 
 def _self_contained(path: Path) -> bool:
-    """Weights beside the model are found by path; a lone file is read at once, so that no handle stays open on it."""
-    return not path.with_name(path.name + ".data").exists()
+    """Weights beside the model are found by path; a lone file is read at once, so that no handle stays open on it. Not
+    a large one: its bytes would lie in memory beside what the runtime makes of them."""
+    return path.stat().st_size < STREAMED_ABOVE and not path.with_name(path.name + ".data").exists()
 
 
 def _half_values(path: Path) -> int:
@@ -290,6 +319,7 @@ def _session(model: bytes | str, path: Path, optimise: bool = True) -> Any:
     options.log_severity_level = 3
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         return onnxruntime.InferenceSession(model, sess_options=options, providers=[PROVIDER])
     except Exception as error:

@@ -25,6 +25,7 @@ from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
 from edgegen.lower.collection import without_collection
+from edgegen.lower.mapped_weights import release_pages
 from edgegen.lower.signature import check_call, check_product, check_signature, reason
 from edgegen.lower.tflite_file import marked
 from edgegen.lower.tflite_quantize import QuantizedFile, quantize_file, refuse_unrunnable
@@ -57,6 +58,10 @@ class TfliteExecutable:
             raise EdgegenError(f"{self._what} failed while it ran: {reason(error)}") from error
         return values
 
+    def delegation(self) -> Delegation:
+        """How the interpreter of this host cut the graph."""
+        return _delegation(self._interpreter)
+
     def close(self) -> None:
         self._runner = None
         self._interpreter = None
@@ -82,24 +87,46 @@ class TfliteBackend:
         try:
             refuse_unrunnable(program, request.quantized)
             named = marked(program, request.quantized) if request.quantized else program
-            content, refusals = _convert(named, request)
             made: QuantizedFile | None = None
             cast: Counter[str] = Counter()
             if request.quantized:
+                content, refusals = _convert(named, request)
                 made = quantize_file(content, program, request.quantized, request.precision)
-                content = made.content
-                cast = _readers_of_half(content) if request.precision == "fp16" else cast
-            elif request.precision == "fp16":
-                content, cast = _half_weights(content)
-            path.write_bytes(content)
+                cast = _readers_of_half(made.content) if request.precision == "fp16" else cast
+                path.write_bytes(made.content)
+            else:
+                refusals = _convert_to_file(named, request, path)
+                if request.precision == "fp16":
+                    cast = _half_weights(path, path)
         except EdgegenError:
             raise
         except Exception as error:
             raise EdgegenError(f"`{request.component}` cannot be lowered to TFLite: {reason(error)}") from error
+        return self._described(path, request, cast, made, refusals)
+
+    def halve(self, source: Path, request: LowerRequest) -> Lowered:
+        """What `lower` gives for fp16, from what it gave for fp32: only the weights are cast. The same bytes."""
+        path = request.out_dir / f"{request.component}{self.suffix}"
+        try:
+            cast = _half_weights(source, path)
+        except Exception as error:
+            raise EdgegenError(f"`{request.component}` cannot be cast to float16: {reason(error)}") from error
+        return self._described(path, request, cast, None, ())
+
+    def _described(
+        self,
+        path: Path,
+        request: LowerRequest,
+        cast: Counter[str],
+        made: QuantizedFile | None,
+        refusals: Sequence[str],
+    ) -> Lowered:
         check_product(request.component, path)
         if path.stat().st_size > FILE_LIMIT:
             raise EdgegenError(f"`{request.component}` does not fit into a TFLite file of 2 GB")
-        self.load(path, request.inputs, request.outputs).close()
+        executable = self.load(path, request.inputs, request.outputs)
+        delegation = executable.delegation()
+        executable.close()
         details = {"signature": SIGNATURE, "float16": "none"}
         notes: tuple[str, ...] = ()
         if request.precision == "fp16":
@@ -114,7 +141,7 @@ class TfliteBackend:
             details["int8_ops"] = _counts(made.int8_ops)
             details["compressed_weights"] = _counts(made.compressed_weights)
         notes += tuple(f"decomposed as a whole, which takes longer: {refusal}" for refusal in refusals)
-        return Lowered(file=file, delegation=_delegation(path), details=details, notes=notes)
+        return Lowered(file=path.name, delegation=delegation, details=details, notes=notes)
 
     def not_executed_here(self) -> str | None:
         return None
@@ -162,10 +189,23 @@ class _Names:
 
 
 def _convert(program: ExportedProgram, request: LowerRequest) -> tuple[bytes, tuple[str, ...]]:
-    """`litert_torch.convert` from its second step on: decompose, its graph passes, MLIR, flatbuffer.
+    """The flatbuffer, and why it was decomposed the slow way where it was."""
+    with without_collection():
+        exporter, refusals = _exporter(program, request)
+        content: bytes = exporter.to_bytes()
+    return content, refusals
 
-    Gives the flatbuffer, and why it was decomposed the slow way where it was.
-    """
+
+def _convert_to_file(program: ExportedProgram, request: LowerRequest, path: Path) -> tuple[str, ...]:
+    """As `_convert`, written by the converter itself: the flatbuffer is not held a second time."""
+    with without_collection():
+        exporter, refusals = _exporter(program, request)
+        exporter.to_file(str(path))
+    return refusals
+
+
+def _exporter(program: ExportedProgram, request: LowerRequest) -> tuple[Any, tuple[str, ...]]:
+    """`litert_torch.convert` from its second step on: decompose, its graph passes, MLIR; what writes the flatbuffer."""
     from litert_torch import fx_infra
     from litert_torch._convert import core, litert_converter
     from torch.utils import _pytree as pytree
@@ -173,7 +213,7 @@ def _convert(program: ExportedProgram, request: LowerRequest) -> tuple[bytes, tu
     from edgegen.graph.edit import private_program
 
     fx_infra.silence_torch_logs()
-    with _local_decompositions() as refusals, without_collection():
+    with _local_decompositions() as refusals, _weights_left_alone():
         decomposed = fx_infra.safe_run_decompositions(
             private_program(program), fx_infra.decomp.pre_convert_decomp(), can_skip=False
         )
@@ -185,8 +225,34 @@ def _convert(program: ExportedProgram, request: LowerRequest) -> tuple[bytes, tu
         ready.module_call_graph[0] = replace(entry, signature=replace(entry.signature, out_spec=named))
         names = _Names(SIGNATURE, [spec.name for spec in request.inputs])
         exporter = litert_converter.exported_programs_to_flatbuffer([ready], [names])
-        content: bytes = exporter.to_bytes()
-    return content, tuple(dict.fromkeys(refusals))
+    return exporter, tuple(dict.fromkeys(refusals))
+
+
+@contextmanager
+def _weights_left_alone() -> Iterator[None]:
+    """litert_torch clamps each weight in place before it copies it, which makes a copy of every mapped page; here only
+    one that has an infinity is. Once all are copied, the memory of the originals is given back."""
+    import torch
+    from litert_torch.backend import export, inline_consts
+
+    clamp: Any = inline_consts._clamp_inf_values
+    lower: Any = export.exported_program_to_mlir
+
+    def clamp_where_needed(tensor: Any) -> Any:
+        return clamp(tensor) if torch.isinf(tensor).any() else tensor
+
+    def lower_and_let_go(*args: Any, **kwargs: Any) -> Any:
+        made = lower(*args, **kwargs)
+        release_pages()
+        return made
+
+    inline_consts._clamp_inf_values = clamp_where_needed
+    export.exported_program_to_mlir = lower_and_let_go
+    try:
+        yield
+    finally:
+        inline_consts._clamp_inf_values = clamp
+        export.exported_program_to_mlir = lower
 
 
 @contextmanager
@@ -238,19 +304,20 @@ def _counts(counter: Counter[str]) -> str:
     return ", ".join(f"{count} {what}" for what, count in sorted(counter.items())) or "nothing"
 
 
-def _half_weights(content: bytes) -> tuple[bytes, Counter[str]]:
-    """The model with float16 weights, and how many operators of each kind read one."""
+def _half_weights(source: Path, path: Path) -> Counter[str]:
+    """Write the model of `source` with float16 weights to `path`; how many operators of each kind read one."""
     from ai_edge_quantizer import qtyping, quantizer
     from ai_edge_quantizer.algorithm_manager import AlgorithmName
 
-    caster = quantizer.Quantizer(content)
+    caster = quantizer.Quantizer(source.read_bytes())
     for op in HALF_OPS:
         caster.add_weight_only_config(
             ".*", qtyping.TFLOperationName[op], num_bits=16, algorithm_key=AlgorithmName.FLOAT_CASTING
         )
     result = caster.quantize(enable_progress_bar=False, enable_progress_report=False)
     made = bytes(result.quantized_model)
-    return made, _readers_of_half(made)
+    path.write_bytes(made)
+    return _readers_of_half(made)
 
 
 def _readers_of_half(content: bytes) -> Counter[str]:
@@ -267,13 +334,13 @@ def _readers_of_half(content: bytes) -> Counter[str]:
     return Counter(op["op_name"] for op in ops if unpacked.intersection(int(index) for index in op["inputs"]))
 
 
-def _delegation(path: Path) -> Delegation:
+def _delegation(interpreter: Any) -> Delegation:
     """How the interpreter of this host cut the graph.
 
     Nodes that a delegate took stay listed beside the node that replaced them. They are those reached backwards from the
     delegate's outputs without passing its inputs.
     """
-    ops = _interpreter(path)._get_ops_details()
+    ops = interpreter._get_ops_details()
     delegates = [op for op in ops if op["op_name"] == "DELEGATE"]
     originals = [op for op in ops if op["op_name"] != "DELEGATE"]
     producer = {int(tensor): op["index"] for op in originals for tensor in op["outputs"]}

@@ -7,21 +7,47 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from edgegen.child import child_main, leave, run_child
+from edgegen.child import child_main, environment, leave, run_child
 from edgegen.errors import EdgegenError
 from edgegen.graph.export_lock import EXPORT_LOCK
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Lowered, LowerRequest, Precision
+from edgegen.lower.mapped_weights import Place, with_weights, without_weights
+from edgegen.nursery import Home, is_possible
 from edgegen.precision.plan import OpPlan
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+
+
+PRELOADED: Mapping[str, tuple[str, ...]] = {
+    "coreai": ("coreai_torch", "edgegen.lower.coreai"),
+    "coreml": ("coremltools", "edgegen.lower.coreml"),
+    "executorch": (
+        "executorch.exir",
+        "executorch.backends.xnnpack.partition.xnnpack_partitioner",
+        "executorch.runtime",
+        "edgegen.lower.executorch",
+    ),
+    "onnx": ("onnx", "onnxscript", "torch.onnx", "onnxruntime", "edgegen.lower.onnx"),
+    "tflite": ("litert_torch", "ai_edge_litert.interpreter", "ai_edge_quantizer", "edgegen.lower.tflite"),
+}
+"""Backend -> what its conversions import, beside this module: seconds, each time anew."""
+
+
+def open_home(backend: str) -> Home | None:
+    """A process that forks for each lowering by `backend`; None where this host cannot have one."""
+    if not is_possible():
+        return None
+    return Home(("torch", "torch.export", "edgegen.lower.worker", *PRELOADED[backend]), environment())
 
 
 class LowerInChild(BaseModel):
@@ -31,6 +57,7 @@ class LowerInChild(BaseModel):
 
     module: str
     program: str
+    weights: dict[str, Place]
     component: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -50,12 +77,14 @@ def lower_in_child(
     memory_limit_bytes: int | None = None,
     *,
     module: str | None = None,
+    home: Home | None = None,
 ) -> Lowered:
     """Lower `program` with `backend` in a child process; the artifact appears in `request.out_dir`.
 
     `log` receives what the child prints and is kept, on success too. `timeout_s` is wall time. `memory_limit_bytes`
     bounds the child's data segment (Linux: private writable memory). `module` names a module that exposes another
-    `BACKEND`. EdgegenError (or the class that the backend raised) names backend, component, cause and log.
+    `BACKEND`; `home` is forked for it. EdgegenError (or the class that the backend raised) names backend, component,
+    cause and log.
     """
     name = f"backend `{backend}` on component `{request.component}`"
     try:
@@ -65,9 +94,12 @@ def lower_in_child(
     except OSError as error:
         raise EdgegenError(f"{name}: `{request.out_dir}` cannot be written: {error.strerror}") from error
     try:
+        graph = private / "program.pt2"
+        weights = _save(program, graph, name)
         job = LowerInChild(
             module=module or f"edgegen.lower.{backend}",
-            program=str(private / "program.pt2"),
+            program=str(graph),
+            weights=weights,
             component=request.component,
             inputs=request.inputs,
             outputs=request.outputs,
@@ -77,7 +109,6 @@ def lower_in_child(
             islands=request.islands,
             quantized=dict(request.quantized),
         )
-        _save(program, job.program, name)
         lowered = run_child(
             "edgegen.lower.worker",
             job,
@@ -87,6 +118,7 @@ def lower_in_child(
             timeout_s=timeout_s,
             memory_limit_bytes=memory_limit_bytes,
             parent_folder=private,
+            home=home,
         )
     finally:
         shutil.rmtree(private, ignore_errors=True)
@@ -98,12 +130,18 @@ def lower_in_child(
     return lowered
 
 
-def _save(program: ExportedProgram, path: str, name: str) -> None:
+def _save(program: ExportedProgram, path: Path, name: str) -> dict[str, Place]:
+    """Write the graph to `path`, and what weights are in no file yet beside it; says where the weights are."""
     import torch
 
     try:
-        with EXPORT_LOCK:
-            torch.export.save(program, path)
+        with EXPORT_LOCK, warnings.catch_warnings():
+            # A number that stands for a weight has one element of storage, as is meant.
+            warnings.filterwarnings("ignore", message="No complete tensor found in the group")
+            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")  # torch's own, in a copy
+            graph, places = without_weights(program, path.with_name("weights.bin"))
+            torch.export.save(graph, str(path))
+        return places
     except (OSError, RuntimeError) as error:  # torch's zip writer tells a full disk as a RuntimeError
         reason = " ".join(str(error).split())[:200]
         raise EdgegenError(
@@ -120,6 +158,7 @@ def work(job: LowerInChild) -> Lowered:
     if job.quantized:
         import torch.ao.quantization.fx._decomposed  # registers the ops that the graph has
     program = torch.export.load(job.program)
+    with_weights(program, job.weights)
     request = LowerRequest(
         component=job.component,
         inputs=job.inputs,
@@ -138,5 +177,10 @@ def work(job: LowerInChild) -> Lowered:
     return lowered
 
 
+def main(path: str) -> int:
+    """The child's side of `run_child`."""
+    return child_main(path, LowerInChild, work)
+
+
 if __name__ == "__main__":
-    leave(child_main(sys.argv[1], LowerInChild, work))
+    leave(main(sys.argv[1]))

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ from edgegen.graph.tiles import Tiling
 from edgegen.lower.backend import Array, Backend, Executable
 from edgegen.lower.chain import load_artifact
 from edgegen.lower.stand_in import executed_by
+from edgegen.verify.timed import Timed
 from edgegen.verify.trajectory import Sample, Signature
 
 
@@ -59,6 +61,8 @@ class ComponentProfile(_Model):
     """By the label of the input that was run: the prompt, or the prompt and the step."""
     run: Timing
     """Over all of `runs` together."""
+    while_verifying: bool = False
+    """Timed on the calls that verification made anyway, with other inputs of the same shapes: the artifact is slow."""
 
 
 class ProfileReport(_Model):
@@ -74,6 +78,19 @@ class ProfileReport(_Model):
     """The whole compiled loop for one prompt, prompt ids to pixels, with `picture_steps` steps."""
     picture_steps: int | None = None
     not_measured_because: str | None = None
+
+
+@dataclass(frozen=True)
+class AlreadyTimed:
+    """What verification has loaded and timed: every component, and whole pictures of the step count that is asked
+    for."""
+
+    executables: Mapping[str, Timed]
+    picture_seconds: Sequence[float] = ()
+
+
+VERIFYING = "while verifying"
+"""Label of the calls that verification made."""
 
 
 def this_host() -> Host:
@@ -104,12 +121,15 @@ def profile(
     loads: int = 3,
     seconds_per_component: float = 5.0,
     tilings: Mapping[str, Tiling] | None = None,
+    already: AlreadyTimed | None = None,
 ) -> ProfileReport:
     """Measure every artifact of one backend: load times, then `runs` calls of each sample.
 
     Before them come `warm_up` calls (at least one) that are not counted. A component that is slow is called fewer
-    times, at least 3 a sample, to stay near `seconds_per_component`. `picture` draws one picture with the loaded
-    executables; `tilings` has the components whose artifact computes one tile. A backend that this host cannot execute,
+    times, at least 3 a sample, to stay near `seconds_per_component`, and loaded fewer times for the same reason.
+    `picture` draws one picture with the loaded executables; `tilings` has the components whose artifact computes one
+    tile. Of what `already` timed for that long or longer nothing is measured again but for what it lacks; its
+    executables are used, and may be closed here or by the caller. A backend that this host cannot execute,
     or that something else than its runtime executes here, gives a report that says so and holds no time. EdgegenError
     when an artifact does not load or run.
     """
@@ -126,27 +146,41 @@ def profile(
     loaded: dict[str, Executable] = {}
     try:
         for name, path in artifacts.items():
+            known = already.executables[name] if already is not None else None
             times = []
-            for index in range(loads):
-                if index:
+            if known is not None:
+                loaded[name], times = known, [known.load_seconds]
+            while len(times) < loads and sum(times) < seconds_per_component:
+                if times:
                     loaded.pop(name).close()
                 started = time.perf_counter()
                 loaded[name] = load_artifact(
                     backend, path, signatures[name].inputs, signatures[name].outputs, tiling=(tilings or {}).get(name)
                 )
                 times.append(time.perf_counter() - started)
-            by_label = _runs(loaded[name], samples[name], warm_up, runs, seconds_per_component)
+            warm = [] if known is None else known.calls[1:]
+            enough = _enough(warm, seconds_per_component)
+            if enough:
+                by_label = {VERIFYING: warm}
+            else:
+                by_label = _runs(loaded[name], samples[name], warm_up, runs, seconds_per_component)
             together = [value for values in by_label.values() for value in values]
             measured.append(
                 ComponentProfile(
                     component=name,
                     first_load_ms=round(times[0] * 1e3, 4),
                     load=_timing(times, 0),
-                    runs={label: _timing(values, warm_up) for label, values in by_label.items()},
-                    run=_timing(together, warm_up),
+                    runs={label: _timing(values, 1 if enough else warm_up) for label, values in by_label.items()},
+                    run=_timing(together, 1 if enough else warm_up),
+                    while_verifying=enough,
                 )
             )
-        whole = _whole(picture, loaded, runs, seconds_per_component) if picture is not None else None
+        drawn = () if already is None else already.picture_seconds
+        whole = None
+        if picture is not None and _enough(drawn, seconds_per_component):
+            whole = _timing(drawn, 0)  # every component had been called by then
+        elif picture is not None:
+            whole = _whole(picture, loaded, runs, seconds_per_component)
     except EdgegenError:
         raise
     except Exception as error:
@@ -187,6 +221,10 @@ def _runs(
             executable(feed)
             taken[sample.label].append(time.perf_counter() - started)
     return taken
+
+
+def _enough(seconds: Sequence[float], at_least: float) -> bool:
+    return len(seconds) >= 3 and sum(seconds) >= at_least
 
 
 def _whole(

@@ -96,20 +96,25 @@ def make_half_safe(
     repair.scales()
     repair.epsilons()
     repair.islands()
-    before = _lowest_db(program, ToHalf()(program).program, samples, arithmetic)
-    after = repair.measure(target_db)
+    wanted = [evaluate(program, sample) for sample in samples]
+    untouched = not repair.rewrites and not repair.kept
+    # Where nothing was repaired there is one float16 graph, and it is computed once.
+    half = repair.half() if untouched else ToHalf()(program).program
+    before = _lowest_db(wanted, half, samples, arithmetic)
+    after = repair.measure(target_db, wanted, before if untouched else None)
     return repair.result(before, after)
 
 
 def _lowest_db(
-    reference: ExportedProgram,
+    wanted: Sequence[tuple[Tensor, ...]],
     half: ExportedProgram,
     samples: Sequence[Mapping[str, Tensor]],
     arithmetic: Arithmetic,
 ) -> float:
+    """Of the float16 graph on `samples`, for which the float32 one gives `wanted`."""
     lowest = math.inf if samples else math.nan
-    for sample in samples:
-        pairs = zip(evaluate(reference, sample), run_half(half, sample, arithmetic), strict=True)
+    for sample, outputs in zip(samples, wanted, strict=True):
+        pairs = zip(outputs, run_half(half, sample, arithmetic), strict=True)
         lowest = min([lowest, *(sqnr_db(a, b) for a, b in pairs if a.is_floating_point())])
     return lowest
 
@@ -126,6 +131,7 @@ class _Repair:
     rewrites: list[Pass] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     """Islands, and why."""
+    _half: tuple[tuple[ToHalf, int], ExportedProgram] | None = None
     found: dict[tuple[str, str], Hazard] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -316,10 +322,19 @@ class _Repair:
         order = [node.name for node in self.program.graph.nodes]
         return ToHalf(tuple(sorted(self.kept, key=order.index)))
 
-    def measure(self, target_db: float) -> float:
-        """Lowest SQNR of the outputs; further islands until it reaches the target or none helps."""
-        half = self.to_half()(self.program).program
-        reached = _lowest_db(self.original, half, self.samples, self.arithmetic)
+    def half(self) -> ExportedProgram:
+        """The float16 graph of what the program is so far."""
+        key = (self.to_half(), id(self.program))
+        if self._half is None or self._half[0] != key:
+            self._half = (key, key[0](self.program).program)
+        return self._half[1]
+
+    def measure(self, target_db: float, wanted: Sequence[tuple[Tensor, ...]], known: float | None = None) -> float:
+        """Lowest SQNR of the outputs, which is `known` where that was measured; further islands until it reaches the
+        target or none helps."""
+        reached = known
+        if reached is None:
+            reached = _lowest_db(wanted, self.half(), self.samples, self.arithmetic)
         for floor in (20.0, 30.0, 40.0, 50.0):
             if not self.samples or reached >= target_db:
                 break
@@ -330,8 +345,7 @@ class _Repair:
             for node in self.program.graph.nodes:
                 if losses.get(node.name, math.inf) < floor and node.name not in self.kept:
                     self._blame(node, losses[node.name])
-            half = self.to_half()(self.program).program
-            reached = _lowest_db(self.original, half, self.samples, self.arithmetic)
+            reached = _lowest_db(wanted, self.half(), self.samples, self.arithmetic)
         return reached
 
     def _blame(self, node: Node, loss: float) -> None:
@@ -354,7 +368,7 @@ class _Repair:
 
     def result(self, before: float, after: float) -> HalfSafety:
         to_half = self.to_half()
-        half = to_half(self.program).program
+        half = self.half()
         measured = (
             "not measured: no samples" if math.isnan(after) else f"{_db(after)} in emulated float16 (was {_db(before)})"
         )

@@ -9,7 +9,9 @@ Three questions, each of which the other two can miss:
 
 from __future__ import annotations
 
+import hashlib
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,11 @@ from edgegen.verify.outcome import (
     SensitivityStep,
     Unavailable,
 )
+from edgegen.verify.timed import Timed
 from edgegen.verify.trajectory import Floats, Pair, Picture, Reference, Signature, Trajectory, scalars, to_picture
+
+Made = dict[bytes, dict[str, Array]]
+"""What the compiled loop has computed, by what was called on which numbers: the same call is not made again."""
 
 
 class ArtifactError(Exception):
@@ -57,7 +63,7 @@ def load_executables(
     artifacts: Mapping[str, Path],
     signatures: Mapping[str, Signature],
     tilings: Mapping[str, Tiling] | None = None,
-) -> dict[str, Executable | Unavailable]:
+) -> dict[str, Timed | Unavailable]:
     """Load what this host can execute; the rest is `Unavailable` with the reason, which `verify` takes as well.
 
     `tilings` has the components whose artifact computes one tile.
@@ -65,13 +71,13 @@ def load_executables(
     reason = backend.not_executed_here()
     if reason is not None:
         return {name: Unavailable(outcome=Outcome.NOT_EXECUTED, reason=reason) for name in artifacts}
-    loaded: dict[str, Executable | Unavailable] = {}
+    loaded: dict[str, Timed | Unavailable] = {}
     for name, path in artifacts.items():
         try:
             tiling = (tilings or {}).get(name)
-            loaded[name] = load_artifact(
-                backend, path, signatures[name].inputs, signatures[name].outputs, tiling=tiling
-            )
+            started = time.perf_counter()
+            ready = load_artifact(backend, path, signatures[name].inputs, signatures[name].outputs, tiling=tiling)
+            loaded[name] = Timed(ready, time.perf_counter() - started)
         except Exception as error:  # a runtime may raise anything on a file it does not like; the reason is reported
             loaded[name] = Unavailable(outcome=Outcome.LOAD_FAIL, reason=_one_line(error))
     return loaded
@@ -94,16 +100,23 @@ def call(executable: Executable, signature: Signature, inputs: Mapping[str, Arra
     return out
 
 
-def compiled_run(reference: Reference, trajectory: Trajectory, executables: Mapping[str, Executable]) -> CompiledRun:
-    """Draw the trajectory's prompt from its noise with the artifacts alone. ArtifactError when one of them fails."""
+def compiled_run(
+    reference: Reference, trajectory: Trajectory, executables: Mapping[str, Executable], made: Made | None = None
+) -> CompiledRun:
+    """Draw the trajectory's prompt from its noise with the artifacts alone. ArtifactError when one of them fails.
+
+    Every component is called; `made` is given what conditions the prompt and what the first step gave.
+    """
     signatures = reference.signatures
-    conditioning = _condition(executables, reference, trajectory.given)
-    x, latents = trajectory.noise, []
+    conditioning = _condition(executables, reference, trajectory.given, made, keep=True)
+    x = trajectory.noise
+    latents: list[Floats] = []
     with np.errstate(over="ignore", invalid="ignore"):  # an artifact that diverges is measured, not warned about
         for step in trajectory.steps:
             by = step.coefficients
             scaled = np.float32(by.input_scale) * x
-            prediction = _denoise(executables, signatures["denoiser"], scaled, by, conditioning)
+            first = made if not latents else None
+            prediction = _denoise(executables, signatures["denoiser"], scaled, by, conditioning, first, keep=True)
             x = np.float32(by.sample) * x + np.float32(by.prediction) * prediction
             if step.noise is not None:
                 x = x + np.float32(by.noise) * step.noise
@@ -124,13 +137,14 @@ def verify(
     predicted_db: Mapping[str, float] | None = None,
     blame: Callable[[str, float], str | None] | None = None,
     on_picture: Callable[[Trajectory, Picture], None] | None = None,
+    on_run: Callable[[Trajectory, float], None] | None = None,
 ) -> ParityReport:
     """Hold one backend's artifacts against `reference`; never raises for what an artifact does wrong.
 
     A component missing from `executables` is LOWER_FAIL. `blame(component, sqnr gate)` is asked about each component
     that fails; `executed_by` names who executes the artifacts in place of their runtime, `predicted_db` what float16
     arithmetic alone leaves of each component's signal; `on_picture` is given every picture that the compiled loop
-    draws. `gates` defaults to `default_gates()`.
+    draws, `on_run` the seconds that each took. `gates` defaults to `default_gates()`.
     """
     gates = gates or default_gates()
     threshold = gates.sqnr_db[precision]
@@ -150,13 +164,14 @@ def verify(
     pictures: list[PictureParity] = []
     moves: list[SensitivityStep] = []
     notes: list[str] = []
+    made: Made = {}
     runs = {part.component for part in parts if part.sqnr_db is not None}
     if runs == set(reference.signatures):
         try:
             for one in reference.trajectories:
-                pictures.append(_picture(reference, one, ready, on_picture))
+                pictures.append(_picture(reference, one, ready, made, on_picture, on_run))
             for pair in reference.pairs:
-                moves += _sensitivity(reference, pair, ready)
+                moves += _sensitivity(reference, pair, ready, made)
         except ArtifactError as error:
             # Right on the reference's inputs, wrong on its own: a failure of the loop, filed under the denoiser.
             parts = [_failed_in_loop(part, error) if part.component == "denoiser" else part for part in parts]
@@ -235,9 +250,14 @@ def _picture(
     reference: Reference,
     trajectory: Trajectory,
     executables: Mapping[str, Executable],
+    made: Made,
     on_picture: Callable[[Trajectory, Picture], None] | None,
+    on_run: Callable[[Trajectory, float], None] | None,
 ) -> PictureParity:
-    run = compiled_run(reference, trajectory, executables)
+    started = time.perf_counter()
+    run = compiled_run(reference, trajectory, executables, made)
+    if on_run is not None:
+        on_run(trajectory, time.perf_counter() - started)
     if on_picture is not None:
         on_picture(trajectory, to_picture(run.image))
     pairs = zip(trajectory.steps, run.latents, strict=True)
@@ -250,15 +270,17 @@ def _picture(
     )
 
 
-def _sensitivity(reference: Reference, pair: Pair, executables: Mapping[str, Executable]) -> list[SensitivityStep]:
+def _sensitivity(
+    reference: Reference, pair: Pair, executables: Mapping[str, Executable], made: Made
+) -> list[SensitivityStep]:
     signatures = reference.signatures
-    heard_a = _condition(executables, reference, pair.a.given)
-    heard_b = _condition(executables, reference, pair.given_b)
+    heard_a = _condition(executables, reference, pair.a.given, made)
+    heard_b = _condition(executables, reference, pair.given_b, made)
     found = []
     for index, (step, expected_b) in enumerate(zip(pair.a.steps, pair.predictions_b, strict=True), start=1):
         denoiser = signatures["denoiser"]
-        out_a = _denoise(executables, denoiser, step.model_input, step.coefficients, heard_a)
-        out_b = _denoise(executables, denoiser, step.model_input, step.coefficients, heard_b)
+        out_a = _denoise(executables, denoiser, step.model_input, step.coefficients, heard_a, made)
+        out_b = _denoise(executables, denoiser, step.model_input, step.coefficients, heard_b, made)
         moved = sensitivity(step.prediction, expected_b, out_a, out_b)
         found.append(
             SensitivityStep(
@@ -277,19 +299,26 @@ def _sensitivity(reference: Reference, pair: Pair, executables: Mapping[str, Exe
     return found
 
 
-def _condition(executables: Mapping[str, Executable], reference: Reference, given: Array) -> dict[str, Array]:
-    """What the compiled conditioning component gives, and the scalars beside it; copies, as runtimes reuse buffers."""
+def _condition(
+    executables: Mapping[str, Executable],
+    reference: Reference,
+    given: Array,
+    made: Made | None = None,
+    *,
+    keep: bool = False,
+) -> dict[str, Array]:
+    """What the compiled conditioning component gives, and the scalars beside it."""
     name, signature = reference.conditioning, reference.signatures[reference.conditioning]
-    out = call(executables[name], signature, {signature.inputs[0].name: given})
-    made = {spec.name: np.array(out[spec.name]) for spec in signature.outputs}
-    return {**made, **scalars(reference.conditions)}
+    out = _called(executables, name, signature, {signature.inputs[0].name: given}, made, keep=keep)
+    return {**out, **scalars(reference.conditions)}
 
 
 def _first(
     executables: Mapping[str, Executable], signatures: Mapping[str, Signature], name: str, value: Array
 ) -> Floats:
     """Call a component of one input and one output."""
-    return _output(executables[name], signatures[name], {signatures[name].inputs[0].name: value})
+    given = {signatures[name].inputs[0].name: value}
+    return _output(signatures[name], _called(executables, name, signatures[name], given))
 
 
 def _denoise(
@@ -298,13 +327,45 @@ def _denoise(
     latent: Array,
     step: SamplerStep,
     conditioning: Mapping[str, Array],
+    made: Made | None = None,
+    *,
+    keep: bool = False,
 ) -> Floats:
-    return _output(executables["denoiser"], signature, signature.denoiser_inputs(latent, step, conditioning))
+    given = signature.denoiser_inputs(latent, step, conditioning)
+    return _output(signature, _called(executables, "denoiser", signature, given, made, keep=keep))
 
 
-def _output(executable: Executable, signature: Signature, given: Mapping[str, Array]) -> Floats:
-    """A copy of the first output, for runtimes that reuse buffers."""
-    return np.array(call(executable, signature, given)[signature.outputs[0].name], dtype=np.float32)
+def _called(
+    executables: Mapping[str, Executable],
+    name: str,
+    signature: Signature,
+    given: Mapping[str, Array],
+    made: Made | None = None,
+    *,
+    keep: bool = False,
+) -> dict[str, Array]:
+    """Outputs of component `name`, copied, as runtimes reuse buffers. With `keep` it is called and `made` remembers
+    what it gave; otherwise it is called where `made` does not know the answer to the same numbers."""
+    key = _key(name, given) if made is not None else b""
+    if made is not None and not keep and key in made:
+        return made[key]
+    out = call(executables[name], signature, given)
+    copied = {spec.name: np.array(out[spec.name]) for spec in signature.outputs}
+    if made is not None and keep:
+        made[key] = copied
+    return copied
+
+
+def _key(name: str, given: Mapping[str, Array]) -> bytes:
+    digest = hashlib.sha256(name.encode())
+    for key, value in sorted(given.items()):
+        digest.update(f"{key} {value.dtype} {value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).data)
+    return digest.digest()
+
+
+def _output(signature: Signature, out: Mapping[str, Array]) -> Floats:
+    return np.asarray(out[signature.outputs[0].name], dtype=np.float32)
 
 
 def _one_line(error: BaseException) -> str:

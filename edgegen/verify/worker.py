@@ -18,11 +18,12 @@ from edgegen.bundle.manifest import ComponentFixture, ComponentIO, Fixture, Gate
 from edgegen.child import child_main, leave, run_child
 from edgegen.errors import EdgegenError
 from edgegen.graph.tiles import Tiling
+from edgegen.heap import keep_freed_memory
 from edgegen.lower.backend import Delegation, HeldTo, get_backend
 from edgegen.lower.chain import SUFFIX
 from edgegen.lower.requirements import missing_modules
 from edgegen.lower.stand_in import Evaluated, Sums, executed_by
-from edgegen.profile.host import ProfileReport, profile
+from edgegen.profile.host import AlreadyTimed, ProfileReport, profile
 from edgegen.students.config import LatentConfig
 from edgegen.verify.fixtures import restore
 from edgegen.verify.gates import check
@@ -33,6 +34,8 @@ from edgegen.verify.trajectory import Picture, Reference, Trajectory
 
 PREDICTED = "float16_arithmetic_db"
 """Key of an artifact's details."""
+SECONDS = 2.0
+"""For measuring one component; what was executed for longer than that while it was verified is not called again."""
 
 
 class StoredReference(BaseModel):
@@ -166,18 +169,21 @@ def work(job: VerifyJob) -> Verified:
     """The child's whole task."""
     from PIL import Image
 
+    keep_freed_memory()
     stored = job.reference
     reference = stored.restored()
     backend = get_backend(job.backend)
     executables = load_executables(backend, job.artifacts, reference.signatures, job.tilings)
     job.pictures.mkdir(parents=True, exist_ok=True)
     drawn: list[Trajectory] = []
+    seconds: list[float] = []
 
     def keep(one: Trajectory, picture: Picture) -> None:
         drawn.append(one)
         index = next(i for i, known in enumerate(reference.trajectories) if known is one)
         Image.fromarray(picture).save(job.pictures / f"{index:02d}.png")
 
+    counted = len(reference.trajectories[0].steps) if reference.trajectories else 0
     parity = verify(
         reference,
         executables,
@@ -189,12 +195,11 @@ def work(job: VerifyJob) -> Verified:
         # Who else rounds to float16 where is not known well enough to be held to a prediction.
         predicted_db=job.predicted_db if isinstance(backend, Evaluated) else {},
         on_picture=keep,
+        on_run=lambda one, taken: seconds.append(taken) if len(one.steps) == counted else None,
     )
     running = {name: one for name, one in executables.items() if not isinstance(one, Unavailable)}
     whole = {name: path for name, path in job.artifacts.items() if name not in job.tilings and path.suffix != SUFFIX}
     parity = with_second_opinions(parity, backend, whole, running, reference, job.accumulate)
-    for one in running.values():
-        one.close()
     measured = None
     if job.measure and len(running) == len(job.artifacts) and len(drawn) == len(reference.trajectories):
         first = reference.trajectories[0] if reference.trajectories else None
@@ -203,11 +208,14 @@ def work(job: VerifyJob) -> Verified:
             job.artifacts,
             reference.signatures,
             reference.one_picture(),
-            seconds_per_component=5.0,
+            seconds_per_component=SECONDS,
             tilings=job.tilings,
             picture=None if first is None else lambda loaded: compiled_run(reference, first, loaded),
             picture_steps=None if first is None else len(first.steps),
+            already=AlreadyTimed(running, tuple(seconds)),
         )
+    for one in running.values():
+        one.close()
     return Verified(parity=parity, profile=measured)
 
 

@@ -179,10 +179,10 @@ def test_a_backend_that_fails_does_not_take_the_others_with_it(checkpoint, build
 
     real = lowering.lower_in_child
 
-    def broken(backend, program, request, log):
+    def broken(backend, program, request, log, **options):
         if backend == "tflite" and request.component == "decoder":
-            return real(backend, program, request, log, module="edgegen.no_such_backend")
-        return real(backend, program, request, log)
+            return real(backend, program, request, log, module="edgegen.no_such_backend", **options)
+        return real(backend, program, request, log, **options)
 
     monkeypatch.setattr(lowering, "lower_in_child", broken)
     monkeypatch.setattr(lowering, "compiler_fingerprint", lambda: "not in any cache")

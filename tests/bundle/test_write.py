@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import edgegen.bundle.stage as stage_module
+import edgegen.bundle.write as write_module
 from edgegen.bundle.manifest import Manifest
 from edgegen.bundle.open import open_bundle
 from edgegen.bundle.write import manifest_json, reserve, schema_json, write_bundle
@@ -55,6 +56,33 @@ def test_layout_manifest_and_schema(tiny_bundle, tiny_contents):
     assert json.loads(written["reports/parity.json"]) == {"sqnr_db": "Infinity"}
     assert Manifest.model_validate_json(written["manifest.json"]).sampler == tiny_contents.manifest.sampler
     assert b"\r" not in written["manifest.json"] and written["manifest.json"].endswith(b"}\n")
+
+
+def test_a_large_file_that_never_changes_is_linked_and_not_copied(tiny_contents, tmp_path, monkeypatch):
+    monkeypatch.setattr(write_module, "LINKED_FROM", 1)
+    files = {path: "ab" * 32 for _, folder in tiny_contents.artifacts for path in folder.rglob("*.onnx")}
+    whole = write_bundle(tmp_path / "whole", dataclasses.replace(tiny_contents, linkable=dict([*files.items()][:1])))
+    (linked,) = (path for path in whole.rglob("*.onnx") if path.stat().st_nlink == 2)
+    assert linked.samefile(next(iter(files)))
+    assert not linked.stat().st_mode & 0o222, "other bundles share it"
+    document = json.loads((whole / "manifest.json").read_text())
+    assert document["files"][linked.relative_to(whole).as_posix()]["sha256"] == "ab" * 32
+    assert sum(one["sha256"] == "ab" * 32 for one in document["files"].values()) == 1
+    again = write_bundle(tmp_path / "whole", dataclasses.replace(tiny_contents, linkable=files))  # replaces it
+    assert linked.stat().st_nlink == 2 and again == whole
+
+
+def test_what_cannot_be_linked_is_copied(tiny_contents, tmp_path, monkeypatch):
+    monkeypatch.setattr(write_module, "LINKED_FROM", 1)
+
+    def refuse(self, target):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    files = {path: "ab" * 32 for _, folder in tiny_contents.artifacts for path in folder.rglob("*.onnx")}
+    whole = write_bundle(tmp_path / "whole", dataclasses.replace(tiny_contents, linkable=files))
+    assert open_bundle(whole)  # with the hashes of what was copied
+    assert all(path.stat().st_nlink == 1 for path in whole.rglob("*.onnx"))
 
 
 def test_the_published_schema_is_the_models():

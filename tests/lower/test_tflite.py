@@ -7,7 +7,7 @@ import pytest
 
 from edgegen.errors import EdgegenError
 from edgegen.lower.expand import NotExpandable
-from edgegen.lower.tflite import BACKEND, _delegation
+from edgegen.lower.tflite import BACKEND, _delegation, _interpreter
 
 COMPONENTS = ("text_encoder", "denoiser", "decoder")
 
@@ -55,6 +55,13 @@ def test_signature_names_and_types_are_the_specs(lowering, tflite_artifacts, nam
     for found, specs in ((runner.get_input_details(), part.inputs), (runner.get_output_details(), part.outputs)):
         described = {key: (tuple(value["shape"]), np.dtype(value["dtype"]).name) for key, value in found.items()}
         assert described == {spec.name: (spec.shape, spec.dtype) for spec in specs}
+
+
+def test_fp16_made_of_the_fp32_file_is_the_same_file(tflite_artifacts, lowering, tmp_path):
+    full, half = tflite_artifacts["decoder", "fp32"], tflite_artifacts["decoder", "fp16"]
+    made = BACKEND.halve(full.path, lowering.request(lowering.parts["decoder"], "fp16", tmp_path))
+    assert made == half.result
+    assert (tmp_path / made.file).read_bytes() == half.path.read_bytes()
 
 
 def test_fp16_is_in_the_weights_and_said_to_be_only_there(tflite_artifacts):
@@ -119,7 +126,7 @@ def test_delegation_agrees_with_the_tensors_that_cross_it(tflite_artifacts):
     """The decoder is cut by its two resizes, so three pieces; every convolution is inside one."""
     delegation = tflite_artifacts["decoder", "fp32"].result.delegation
     assert delegation.pieces == 3 and delegation.undelegated == {"RESIZE_NEAREST_NEIGHBOR": 2}
-    assert delegation == _delegation(tflite_artifacts["decoder", "fp32"].path)
+    assert delegation == _delegation(_interpreter(tflite_artifacts["decoder", "fp32"].path))
 
 
 def test_intermediate_values_end_in_the_output(lowering, tflite_artifacts):

@@ -13,11 +13,14 @@ import pytest
 import torch
 
 import edgegen
+from edgegen.child import environment
 from edgegen.errors import EdgegenError, UsageError
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import LowerRequest
 from edgegen.lower.worker import lower_in_child
+from edgegen.nursery import Home
 
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked elsewhere")
 BACKEND = """
 import ctypes, json, os, signal, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -75,6 +78,31 @@ class Doubled(torch.nn.Module):
         return x * 2
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A process that forks for each job, as a build has one for each converter."""
+    modules = tmp_path_factory.mktemp("modules")
+    (modules / "fake_backend.py").write_text(BACKEND)
+    path = os.pathsep.join([str(modules), str(Path(edgegen.__file__).parents[1])])
+    made = Home(
+        ("torch", "torch.export", "edgegen.lower.worker", "no_such_module"), environment() | {"PYTHONPATH": path}
+    )
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def forked(home, tmp_path):
+    program = torch.export.export(Doubled(), (torch.ones(2, 3),))
+
+    def run(do, **options):
+        request = LowerRequest("part", SPEC, OUT, "fp16", tmp_path / "out", {"do": do})
+        log = tmp_path / "logs" / "x.log"
+        return lower_in_child("fake", program, request, log, module="fake_backend", home=home, **options)
+
+    return run
+
+
 @pytest.fixture
 def child(tmp_path, monkeypatch):
     modules = tmp_path / "modules"
@@ -105,8 +133,17 @@ def gone(pid, within=10.0):
 
 
 def test_result_log_and_surroundings(child, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    _surrounded(child, tmp_path, monkeypatch)
+
+
+@LINUX
+def test_result_log_and_surroundings_of_a_forked_child(forked, tmp_path, monkeypatch):
+    _surrounded(forked, tmp_path, monkeypatch)
+
+
+def _surrounded(child, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     lowered = child("work")
     assert (lowered.file, lowered.details, lowered.notes) == ("made.json", {"a": "b"}, ("n",))
     facts = json.loads((tmp_path / "out" / "made.json").read_text())
@@ -137,6 +174,51 @@ def test_result_log_and_surroundings(child, tmp_path, monkeypatch):
     ],
 )
 def test_each_way_to_fail_is_told(child, tmp_path, do, options, said):
+    _fails(child, tmp_path, do, options, said)
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("do", "options", "said"),
+    [
+        ("raise", {}, "ValueError: and the last one"),
+        ("segv", {}, "SIGSEGV"),
+        ("garble", {}, "unreadable result"),
+        ("memory", {"memory_limit_bytes": 4 * 2**30}, "ran out of memory (limit 4096 MiB)"),
+    ],
+)
+def test_a_forked_child_takes_only_itself_down(forked, tmp_path, do, options, said):
+    _fails(forked, tmp_path, do, options, said)
+    assert forked("work").file == "made.json"
+
+
+@LINUX
+def test_a_home_that_ends_takes_its_jobs_along(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "fake_backend.py").write_text(BACKEND)
+    home = Home(("torch",), environment())
+    program = torch.export.export(Doubled(), (torch.ones(2, 3),))
+
+    def start(do):
+        request = LowerRequest("part", SPEC, OUT, "fp16", tmp_path / "out", {"do": do})
+        return lower_in_child("fake", program, request, tmp_path / "x.log", module="fake_backend", home=home)
+
+    with ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(start, "hang")
+        limit = time.monotonic() + 60
+        while not (tmp_path / "out" / "ready").exists():
+            assert time.monotonic() < limit, "the child never started"
+            time.sleep(0.05)
+        home.close()
+        with pytest.raises(EdgegenError, match="was killed"):
+            hanging.result()
+    assert gone((tmp_path / "out" / "pid").read_text())
+    assert gone((tmp_path / "out" / "below").read_text())
+    with pytest.raises(EdgegenError, match="was killed"):
+        start("work")
+
+
+def _fails(child, tmp_path, do, options, said):
     with pytest.raises(EdgegenError) as caught:
         child(do, **options)
     message = caught.value.message
@@ -231,7 +313,9 @@ def test_graphs_are_handed_over_by_several_threads_at_once(tmp_path):
     layers = [torch.nn.Linear(32, 32) for _ in range(20)]
     program = torch.export.export(torch.nn.Sequential(*layers).eval(), (torch.randn(1, 32),))
     with ThreadPoolExecutor(6) as pool:
-        paths = [str(tmp_path / f"{place}.pt2") for place in range(12)]
+        paths = [tmp_path / str(place) / "program.pt2" for place in range(12)]
+        for path in paths:
+            path.parent.mkdir()
         for done in [pool.submit(_save, program, path, "a backend") for path in paths]:
             done.result()
-    assert all(Path(path).stat().st_size for path in paths)
+    assert all(path.stat().st_size for path in paths)

@@ -6,7 +6,8 @@ import pytest
 
 from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
-from edgegen.profile.host import ProfileReport, profile, this_host
+from edgegen.profile.host import AlreadyTimed, ProfileReport, profile, this_host
+from edgegen.verify.timed import Timed
 from edgegen.verify.trajectory import Sample, Signature
 
 X = TensorSpec(name="x", shape=(2,))
@@ -72,6 +73,39 @@ def test_slow_artifacts_are_called_fewer_times_but_never_fewer_than_three(tmp_pa
     slow = backend(calls, seconds=0.02)
     report = profile(slow, {"model": tmp_path}, SIGNATURES, SAMPLES, runs=1000, seconds_per_component=0.001, loads=1)
     assert all(timing.samples == 3 for timing in report.components[0].runs.values())
+
+
+def timed(calls, times, load_seconds=0.0):
+    made = Timed(Sleeper(calls, 0.0), load_seconds)
+    made.calls += times
+    return made
+
+
+def test_what_verification_timed_long_enough_is_not_called_again(tmp_path):
+    calls = []
+    already = AlreadyTimed({"model": timed(calls, [9.0, 0.5, 0.6, 0.7], load_seconds=3.0)}, (2.0, 2.1, 2.2))
+    report = profile(
+        backend(calls), {"model": tmp_path}, SIGNATURES, SAMPLES,
+        seconds_per_component=1.5, already=already, picture=lambda loaded: pytest.fail("drawn"), picture_steps=1,
+    )  # fmt: skip
+    (part,) = report.components
+    assert part.while_verifying and part.run.median_ms == 600.0 and part.run.samples == 3 and part.run.warm_up == 1
+    assert part.load.samples == 1 and part.first_load_ms == 3000.0
+    assert report.picture.median_ms == 2100.0 and report.picture.samples == 3
+    assert calls == ["close"]
+
+
+def test_what_verification_timed_too_briefly_is_measured(tmp_path):
+    calls = []
+    already = AlreadyTimed({"model": timed(calls, [0.001] * 9, load_seconds=0.001)}, (0.001,) * 9)
+    report = profile(
+        backend(calls), {"model": tmp_path}, SIGNATURES, SAMPLES, runs=4, already=already,
+        picture=lambda loaded: loaded["model"]({}), picture_steps=1,
+    )  # fmt: skip
+    (part,) = report.components
+    assert not part.while_verifying and set(part.runs) == {"a", "b"} and part.run.samples == 8
+    assert part.load.samples == 3 and part.first_load_ms == 1.0 and calls.count("load") == 2
+    assert report.picture.samples == 4
 
 
 def test_a_backend_that_cannot_run_here_has_no_numbers(tmp_path):
