@@ -123,4 +123,6 @@ def _plan(
 
 
 def _mib(count: int) -> str:
+    if count < 2**20 // 10:
+        return f"{count / 2**10:.1f} KiB"
     return f"{count / 2**20:.0f} MiB" if count >= 10 * 2**20 else f"{count / 2**20:.1f} MiB"

@@ -159,7 +159,7 @@ def _recipe_text(recipe: Recipe) -> str:
             lines.append(f"  join     {backend.name}: one package with {named}")
     lines += [f"  decline  {name}: {reason}" for name, reason in recipe.declined.items()]
     lines += [f"  passes   {name}: {', '.join(passes) or 'none'}" for name, passes in recipe.canonical.items()]
-    lines.append(f"  memory   {recipe.memory.bytes / 2**20:.0f} MiB at most ({recipe.memory.source})")
+    lines.append(f"  memory   {_size(recipe.memory.bytes)} at most ({recipe.memory.source})")
     if recipe.steps is not None:
         lines.append(f"  steps    {recipe.steps}")
     gates = recipe.gates
@@ -174,6 +174,10 @@ def _recipe_text(recipe: Recipe) -> str:
     ]
     lines.append(f"  gates    conditioning sensitivity within {gates.sensitivity_tolerance:.0%}")
     return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB" if count >= 10 * 2**20 else f"{count / 2**10:.0f} KiB"
 
 
 def _text(built: Built, time_passes: bool) -> str:
