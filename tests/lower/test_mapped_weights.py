@@ -18,10 +18,10 @@ class Net(torch.nn.Module):
         self.tied.weight = self.first.weight
         self.small = torch.nn.Linear(256, 4)
         self.register_buffer("table", torch.randn(300, 256))
-        self.half = torch.nn.Parameter(torch.randn(256, 256).half(), requires_grad=False)
+        self.narrow = torch.nn.Parameter(torch.randn(256, 256).half(), requires_grad=False)
 
     def forward(self, x):
-        return self.small(self.tied(self.first(x)) + self.table[0]) @ self.half.float()[:4, :4]
+        return self.small(self.tied(self.first(x)) + self.table[0]) @ self.narrow.float()[:4, :4]
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def through(net, folder):
 @pytest.mark.filterwarnings("ignore:No complete tensor found in the group")
 def test_what_arrives_is_what_was_sent(mapped, tmp_path):
     program, back, places, given = through(mapped, tmp_path)
-    assert set(places) == {"first.weight", "tied.weight", "table", "half"}
+    assert set(places) == {"first.weight", "tied.weight", "table", "narrow"}
     for name, value in program.state_dict.items():
         assert torch.equal(back.state_dict[name], value) and back.state_dict[name].dtype == value.dtype
         assert type(back.state_dict[name]) is type(value)

@@ -14,11 +14,11 @@ class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.large = torch.nn.Linear(256, 512)
-        self.half = torch.nn.Parameter(torch.randn(512, 256).half(), requires_grad=False)
+        self.narrow = torch.nn.Parameter(torch.randn(512, 256).half(), requires_grad=False)
         self.small = torch.nn.Linear(256, 3)
 
     def forward(self, x):
-        return self.small((self.large(x).relu().half() @ self.half).float())
+        return self.small((self.large(x).relu().half() @ self.narrow).float())
 
 
 @pytest.fixture(scope="module")
