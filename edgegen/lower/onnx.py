@@ -114,6 +114,9 @@ class OnnxBackend:
             quantize_model(model, values, request.quantized)
             _strip(model)
             model.metadata_props[FX_VALUES] = json.dumps(values, sort_keys=True)
+        except Exception as error:
+            raise EdgegenError(f"`{request.component}` cannot be lowered to ONNX: {reason(error)}") from error
+        try:
             external = sum(value.const_value.nbytes for value in _initializers(model)) > EXTERNAL_DATA_ABOVE
             with _saved(exported, path, external) as shown:
                 onnx.checker.check_model(str(shown), full_check=True)
