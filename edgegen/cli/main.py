@@ -27,6 +27,7 @@ COMMANDS = {
     "run": Lazy("edgegen.cli.run:command", "Draw a picture with a bundle on this machine"),
     "inspect": Lazy("edgegen.cli.inspect:command", "Count parameters, MACs and ops of a model or a bundle"),
     "plan": Lazy("edgegen.cli.plan:command", "Choose one precision for each op, within a budget, and write it down"),
+    "prune": Lazy("edgegen.cli.prune:command", "Take channels, heads and blocks out of a student, within a budget"),
     "passes": Lazy("edgegen.cli.passes:command", "List, show and run the rewrites of graphs"),
     "targets": Lazy("edgegen.cli.targets:command", "List, show and validate target devices"),
     "cache": Lazy("edgegen.cli.cache:command", "Show or empty the cache that builds share"),

@@ -201,6 +201,8 @@ def _lone(ranks: Sequence[Labels]) -> tuple[int, Tensor, int] | None:
 
 # Rules
 
+WIDTH = "heads go whole: what is left of them keeps its width"
+
 
 def _move(axes: Axes, node: Node) -> Made:
     """Done to layers as to values."""
@@ -427,6 +429,13 @@ def _matmul(axes: Axes, node: Node) -> Made:
     axes.see(inner[0])
     batch = axes.join([_batches(left), _batches(right)], shape[:-2], f"{where} multiplies it with what stays")
     ledger.heads += [layer.flatten() for layer in batch.layers]
+    if batch.layers:
+        if first not in axes._weights:
+            ledger.fix(rows, WIDTH)
+            rows = torch.full_like(rows, STAYS)
+        if second not in axes._weights:
+            ledger.fix(columns, WIDTH)
+            columns = torch.full_like(columns, STAYS)
     made = _with_matrix(batch, rows, columns, shape, ledger)
     if added and (extra := axes.get(node.args[0])) is not None:
         return axes.join([made, extra], shape, f"at {where} it meets what stays")
@@ -452,7 +461,11 @@ def _attention(axes: Axes, node: Node) -> Made:
         ledger.fix(vector(one, -2), f"{where} is a softmax over it")
     for one in (q, k):
         ledger.fix(vector(one, -1), f"the scale of {where} follows the width of a head")
-    return _with_matrix(batch, vector(q, -2), vector(v, -1), shape, ledger)
+    width = vector(v, -1)
+    if batch.layers:
+        ledger.fix(width, WIDTH)
+        width = torch.full_like(width, STAYS)
+    return _with_matrix(batch, vector(q, -2), width, shape, ledger)
 
 
 def _repeated(batch: Labels, shape: Sequence[int]) -> Labels:

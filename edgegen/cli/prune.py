@@ -1,0 +1,154 @@
+"""`edgegen prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgegen.cli.amounts import amount
+from edgegen.cli.console import Output, clean, names_between_commas, reporting
+from edgegen.cli.student_source import source_options
+
+if TYPE_CHECKING:
+    from edgegen.prune.command import Made
+
+SHOWN = 3
+"""Names of spaces that are listed for one reason."""
+
+
+def _latency(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, Any]:
+    """`120ms`; `0.6x` or `60%` of what it is."""
+    if value is None:
+        return {}
+    wanted = "milliseconds as `120ms`, or a share of what it is as `0.6x` or `60%`"
+    number, unit = amount(value, wanted)
+    if unit not in ("ms", "x", "%"):
+        raise click.BadParameter(f"`{value}` is not {wanted}")
+    return {"max_latency": number / 100 if unit == "%" else number, "latency_ms": unit == "ms"}
+
+
+def _macs(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, float]:
+    """`60%`, or `denoiser=60%,decoder=50%`."""
+    found: dict[str, float] = {}
+    for part in (value or "").split(",") if value is not None else ():
+        wanted = "a share of the MACs as `60%`, or one a component as `denoiser=60%,decoder=50%`"
+        name, equals, text = part.rpartition("=")
+        number, unit = amount(text, wanted)
+        share = number / 100 if unit == "%" else number
+        if unit not in ("%", "x") or (equals and not name.strip()) or share > 1 or name.strip() in found:
+            raise click.BadParameter(f"`{value}` is not {wanted}")
+        found[name.strip()] = share
+    return found
+
+
+@click.command("prune")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--target", required=True, metavar="NAME", help="Device whose kernels decide widths and latency.")
+@click.option(
+    "--backend",
+    "backends",
+    callback=names_between_commas,
+    metavar="NAME[,NAME]|all",
+    help="Default: what the target prefers.",
+)
+@click.option(
+    "--component",
+    "components",
+    callback=names_between_commas,
+    metavar="NAME[,NAME]",
+    help="What is pruned. Default: denoiser,decoder.",
+)
+@click.option(
+    "--max-latency", callback=_latency, metavar="MS|SHARE", help="`120ms` a picture, or `0.6x` of what it is."
+)
+@click.option(
+    "--max-macs", callback=_macs, metavar="SHARE", help="`60%` of each component's, or `denoiser=60%,decoder=50%`."
+)
+@click.option(
+    "--ratio",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of every space that goes, as `0.4`.",
+)
+@click.option(
+    "--uniform", is_flag=True, help="One ratio for everything, units ranked by their weights: what others do."
+)
+@click.option("--depth/--no-depth", default=True, show_default=True, help="Whole blocks may be passed by.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), help="Sampling steps of the pictures that importance is judged by."
+)
+@click.option("--samples", type=click.IntRange(min=2), default=8, show_default=True, help="How many pictures.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option(
+    "--output", "-o", "destination", type=click.Path(path_type=Path), default=Path("pruned.pt"), show_default=True
+)
+@source_options
+@reporting
+def command(
+    model: Path,
+    target: str,
+    backends: tuple[str, ...] | None,
+    components: tuple[str, ...] | None,
+    max_latency: dict[str, Any],
+    destination: Path,
+    output: Output,
+    lora: tuple[str, ...],
+    arch: str | None,
+    arch_config: Path | None,
+    inputs: Path | None,
+    **asked: Any,
+) -> None:
+    """Make MODEL smaller for a device: whole channels, heads, feed-forward units and blocks come out.
+
+    What is left is a dense student like any other: `edgegen build`, `plan` and `student eval` take it. Importance is
+    what a unit does to the final picture, on the student's own trajectory.
+    """
+    from edgegen.build.recipe import chosen_backends
+    from edgegen.cache import Cache
+    from edgegen.prune.command import PruneOptions, prune
+    from edgegen.students.checkpoint import save_pt
+    from edgegen.students.source import Source
+    from edgegen.targets import load_target
+
+    device = load_target(target)
+    names = chosen_backends(device, backends)
+    student = Source(lora, arch, arch_config, inputs).open(model)
+    options = PruneOptions(components=components or (), **asked, **max_latency)
+    with output.progress() as progress:
+        made = prune(student, device, names, options, Cache(None), progress)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        save_pt(made.student, destination)
+    data = {"path": str(destination), "sha256": made.student.fingerprint, **made.summary()}
+    output.report(data, lambda: clean(text(made, destination)))
+
+
+def text(made: Made, path: Path) -> str:
+    """A table for people."""
+    lines = [f"  {'':<14}{'parameters':>24}{'MACs':>32}{'units':>16}"]
+    for one in made.parts:
+        parameters = f"{one.before.parameters:,} -> {one.after.parameters:,}"
+        macs = f"{one.before.macs / 1e6:,.1f} -> {one.after.macs / 1e6:,.1f} M"
+        share = one.after.macs / max(1, one.before.macs)
+        lines.append(f"  {one.name:<14}{parameters:>24}{macs:>24}{share:>8.3f}{one.units[0]:>8} -> {one.units[1]}")
+        lines += [f"    passed by: {path}" for path in one.removed]
+    lines.append("")
+    for name, (before, after) in made.latency.items():
+        ratio = after / before if before else 1.0
+        lines.append(
+            f"  latency       {before:.3g} -> {after:.3g} ms ({ratio:.3f}) with {name} (estimated from "
+            f"{made.latency_source})"
+        )
+    if made.psnr is not None:
+        lines.append(f"  picture       {made.psnr:.1f} dB against the student that was pruned, without healing")
+    if made.correlation is not None:
+        lines.append(
+            f"  importance    rank correlation {made.correlation[0]:.3f} of the estimate with {made.correlation[1]} "
+            "units measured alone"
+        )
+    for name, reasons in made.frozen.items():
+        lines += ["", f"  {name}: what may not be cut, and why"]
+        for why, spaces in reasons.items():
+            more = f" and {len(spaces) - SHOWN} more" if len(spaces) > SHOWN else ""
+            lines.append(f"    {', '.join(spaces[:SHOWN])}{more}: {why}")
+    return "\n".join([*lines, "", str(path)])
