@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from edgegen.errors import GateError, UsageError
@@ -31,14 +32,18 @@ def by_ratio(
 def _left(space: Space, ratio: float, multiple: int) -> int:
     wanted = (1 - ratio) * space.count
     if wanted < 0.5:
-        most = 1 - 0.5 / min(space.count, 10_000)
         raise UsageError(
             f"a ratio of {ratio:g} leaves nothing of `{space.name}`, which has {space.count} units",
-            hint=f"`--ratio {most:.2g}` at most, or a budget (`--max-macs`), which cuts what can be spared",
+            hint=f"`--ratio {_most(space):g}` at most, or a budget (`--max-macs`), which cuts what can be spared",
         )
     positions = max((int((cut.owners >= 0).sum()) // space.count for cut in space.cuts), default=1)
     near = [one for one in space.counts if one * positions % multiple == 0] or list(space.counts)
     return min(near, key=lambda one: (abs(one - wanted), one))
+
+
+def _most(space: Space) -> float:
+    """The largest ratio, in hundredths, that leaves a unit."""
+    return math.floor(100 * (1 - 1 / max(2, space.count))) / 100
 
 
 def macs(student: Student, component: str) -> int:
@@ -55,7 +60,7 @@ def ratio_for(
     multiple: int = 1,
 ) -> Pruning:
     """The record of the smallest ratio at which the MACs of `component` are at most `most`; GateError where none is."""
-    low, high = 0.0, 1 - 0.5 / max(2, min(space.count for space in spaces.spaces))
+    low, high = 0.0, min(_most(space) for space in spaces.spaces)
     found: Pruning | None = None
     least = 0
     for step in range(STEPS + 1):
