@@ -20,6 +20,8 @@ from edgegen.profile.host import runtime_versions, this_host
 
 WARM_UP = 3
 """Turns that do not count."""
+PAUSE = 0.004
+"""Seconds that are enough for `in_turns`: onnxruntime's threads wait for a millisecond or two before they sleep."""
 
 
 def settings_of(backends: Sequence[str], threads: int, **more: str) -> dict[str, str]:
@@ -39,16 +41,32 @@ def settings_of(backends: Sequence[str], threads: int, **more: str) -> dict[str,
     }
 
 
-def in_turns(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each: one call of every one, then again, so that a busy machine slows all of them down."""
+def in_turns(
+    calls: Sequence[Callable[[], object]], repeats: int, *, in_a_row: int = 1, pause: float = 0.0
+) -> list[float]:
+    """Median seconds of each: one call of every one, then again, so that a busy machine slows all of them down.
+
+    `in_a_row`: so many calls of one make its turn, whose mean counts. `pause`: seconds before each turn, in which the
+    threads stop that a runtime leaves waiting for more work; without it they take time from the next.
+    """
+    return [statistics.median(times) for times in turns(calls, repeats, in_a_row=in_a_row, pause=pause)]
+
+
+def turns(
+    calls: Sequence[Callable[[], object]], repeats: int, *, in_a_row: int = 1, pause: float = 0.0
+) -> list[list[float]]:
+    """As `in_turns`, every turn that counts."""
     taken: list[list[float]] = [[] for _ in calls]
     for turn in range(WARM_UP + repeats):
         for place, call in enumerate(calls):
+            if pause:
+                time.sleep(pause)
             started = time.perf_counter()
-            call()
+            for _ in range(in_a_row):
+                call()
             if turn >= WARM_UP:
-                taken[place].append(time.perf_counter() - started)
-    return [statistics.median(times) for times in taken]
+                taken[place].append((time.perf_counter() - started) / in_a_row)
+    return taken
 
 
 def request_of(program: ExportedProgram, folder: Path) -> LowerRequest:

@@ -23,6 +23,7 @@ from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
 from edgegen.lower.onnx_exact import exact_constants
+from edgegen.lower.onnx_fuse import fuse
 from edgegen.lower.onnx_optimised import PROVIDER, optimised_graph
 from edgegen.lower.onnx_quantize import check_integers, opset_for, quantize_model, refuse, without_dynamic_ranges
 from edgegen.lower.onnx_write import write_model
@@ -112,6 +113,8 @@ class OnnxBackend:
                 raise EdgegenError(f"opset {opset} was asked for and the exporter gave {made}")
             values = _fx_values(program, exported)
             quantize_model(model, values, request.quantized)
+            if request.precision == "fp32":
+                fuse(model)
             _strip(model)
             model.metadata_props[FX_VALUES] = json.dumps(values, sort_keys=True)
         except Exception as error:

@@ -2,10 +2,12 @@
 
 What was measured on an x86 CPU with VNNI, one thread, against float32 (QDQ as the exporter writes it in brackets):
 
-    w8a8            QuantizeLinear / DequantizeLinear around Conv, MatMul and Gemm fuse to QLinearConv, QLinearMatMul
-                    and QGemm: 0.25 to 0.33 of the time from 320 channels on. Codes of activations are uint8: with int8
-                    an output that several ops read stays float [5 of 44 convolutions of a UNet]. A weight is stored as
-                    MatMul reads it: behind a Transpose it is transposed in every call.
+    w8a8            QuantizeLinear / DequantizeLinear around Conv fuse to QLinearConv: 0.25 to 0.33 of the time from 320
+                    channels on. Codes of activations are uint8: with int8 an output that several ops read stays float
+                    [5 of 44 convolutions of a UNet]. A linear with a bias is MatMulIntegerToFloat, then the codes
+                    of its output [fused from QDQ it is QGemm between two Reshapes, which is slower: of the denoiser of
+                    `shapes` as a whole 3.22 against 2.97 ms]. A weight is stored as MatMul reads it: behind a Transpose
+                    it is transposed in every call.
     w8a8-dynamic    linears: range, scale and codes of each row in standard ops, then MatMulIntegerToFloat, then one
                     Gemm for zero points and bias: 0.31 to 0.52. DynamicQuantizeLinear has one range for the whole
                     tensor: 0.28 to 0.34 of the time, 6 to 9 dB worse. Convolutions: ConvInteger takes 3.5 times as
@@ -27,6 +29,7 @@ import numpy as np
 
 from edgegen.errors import EdgegenError, UsageError
 from edgegen.lower.backend import LowerRequest
+from edgegen.lower.onnx_fuse import CONTRIB
 from edgegen.lower.onnx_optimised import optimised_graph
 from edgegen.precision.plan import OpPlan
 
@@ -37,7 +40,6 @@ INTEGER = ("w8a8", "w8a8-dynamic")
 INTEGER_OPS = frozenset(
     ["QLinearConv", "QLinearMatMul", "QGemm", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"]
 )
-CONTRIB = "com.microsoft"
 BLOCKED_OPSET = 21
 """The first with four-bit integers and a scale for each block."""
 _DYNAMIC = (
@@ -101,7 +103,9 @@ def quantize_model(model: Any, values: Mapping[str, str], ops: Mapping[str, OpPl
     _store_as_read(model)
     _unsigned(model)
     for name, op in ops.items():
-        if op.precision == "w8a8-dynamic":
+        if op.precision == "w8a8" and op.op == "linear":
+            _static_linear(model, products[name])
+        elif op.precision == "w8a8-dynamic":
             (_dynamic_product if op.op == "matmul" else _dynamic_linear)(model, products[name])
         elif op.precision in ("w4", "w8") and op.form == "affine" and (op.group or op.precision == "w4"):
             _blocked(model, products[name], op)
@@ -231,6 +235,25 @@ def _replace(model: Any, old: list[Any], new: list[Any]) -> None:
 
     ends = [old[-1].outputs[0]], [new[-1].outputs[0]]
     ir.convenience.replace_nodes_and_values(model.graph, old[0], old, new, *ends)
+
+
+def _static_linear(model: Any, product: Any) -> None:
+    """x @ w + b in one kernel from the codes of x to float, which is quantized as the graph says. Without a bias it is
+    left to onnxruntime, whose QLinearMatMul gives codes."""
+    bias, old = _bias(product)
+    if bias is None:
+        return
+    given, weight = product.inputs[0].producer(), product.inputs[1].producer()
+    codes = weight.inputs[0]
+    if not _turned(product):
+        turned = np.ascontiguousarray(codes.const_value.numpy().T)
+        codes = _constant(model, f"{codes.name}.10", turned)
+    graph = _Graph(model, product.name)
+    offset = graph.constant(bias.astype(np.float32), ".bias")
+    x, scale, zero = given.inputs
+    name = f"{product.name}product"
+    graph.call("MatMulIntegerToFloat", x, codes, scale, weight.inputs[1], zero, None, offset, domain=CONTRIB, name=name)
+    _replace(model, old, graph.nodes)
 
 
 def _dynamic_linear(model: Any, product: Any) -> None:

@@ -1,7 +1,7 @@
 """What a plan may cost and spoil, and the plan that keeps to it: chosen by estimates, then held against measurements.
 
-Names of costs: `latency <backend>`, as a share of the student's fp32 multiply-accumulates at the target's relative
-times (estimated), and `bytes` (exact). Names of losses: `picture`, a squared error over the square of the peak, and
+Names of costs: `latency <backend>`, as a share of what the student takes in fp32 by the target's relative times
+(estimated), and `bytes` (exact). Names of losses: `picture`, a squared error over the square of the peak, and
 `conditioning`, a squared change of how far another prompt moves the denoiser's answer, as a share.
 """
 
@@ -15,7 +15,7 @@ from typing import Literal
 from edgegen.graph.count import count
 from edgegen.graph.edit import weights
 from edgegen.precision.choose import Item, Option, Problem
-from edgegen.precision.cost import Candidate, stored_bytes
+from edgegen.precision.cost import Candidate, stored_bytes, work_of
 from edgegen.precision.plan import Precision
 from edgegen.precision.sensitivity import Effect, Key
 from edgegen.precision.simulate import Network
@@ -24,6 +24,9 @@ from edgegen.targets import Target
 Aim = Literal["latency", "size", "loss"]
 START_DB = 22.0
 """Where the search starts when alignment alone is asked for."""
+BYTES = 0.5
+"""What halving the bytes counts beside halving the latency, where latency is made small: of two ops that cost as much
+time the one of fewer weights stays float."""
 SCALES = {"picture": 1e-3, "conditioning": 0.05**2}
 """What counts as much as the other where losses are made small: 30 dB, five percent."""
 
@@ -118,7 +121,7 @@ def problem(
     """Every op with its candidates, the float one first; `effects` are those of the others, in order. `calls`: how
     often one picture calls each component."""
     macs = {name: count(network.program).macs * calls[name] for name, network in networks.items()}
-    total = max(1, sum(macs.values()))
+    whole = _whole(networks, calls, target, backends)
     rest, fixed_bytes = dict(macs), 0
     items = []
     for name, network in networks.items():
@@ -135,15 +138,33 @@ def problem(
             for candidate, effect in zip(found[name, key], known, strict=True):
                 channels = site.shape[site.axis] if site.weight else 1
                 size = stored_bytes(site.shape, channels, candidate) if site.weight else 0
-                costs = {f"latency {on}": work * time / total for on, time in candidate.time.items()}
+                costs = {f"latency {on}": work * time / whole[on] for on, time in candidate.time.items()}
                 losses = {"picture": effect.picture, "conditioning": effect.conditioning}
                 options.append(Option(candidate.precision, {**costs, "bytes": float(size)}, losses))
             items.append(Item(name, key, tuple(options)))
     fixed = {"bytes": float(fixed_bytes)}
     for on in backends:
         cost = target.backend(on).cost("matmul", base)
-        fixed[f"latency {on}"] = sum(rest.values()) / total * (1.0 if cost is None or base == "fp32" else cost.time)
+        time = 1.0 if cost is None or base == "fp32" else cost.time
+        fixed[f"latency {on}"] = sum(rest.values()) / whole[on] * time
     return Problem(tuple(items), fixed)
+
+
+def _whole(
+    networks: Mapping[str, Network], calls: Mapping[str, int], target: Target, backends: Sequence[str]
+) -> dict[str, float]:
+    """What one picture takes in fp32 with each backend: its multiply-accumulates, and as many as would take as long as
+    what small ops do besides."""
+    found = {}
+    for on in backends:
+        runtime = target.backend(on)
+        found[on] = 0.0
+        for name, network in networks.items():
+            sites = network.sites.values()
+            more = sum(site.macs * (runtime.time(site.kind, "fp32", *work_of(site)) - 1.0) for site in sites)
+            found[on] += calls[name] * (count(network.program).macs + more)
+        found[on] = max(1.0, found[on])
+    return found
 
 
 def within(whole: Problem, budget: Budget, backends: Sequence[str]) -> Problem:
@@ -159,8 +180,10 @@ def within(whole: Problem, budget: Budget, backends: Sequence[str]) -> Problem:
         caps["picture"] = 10.0 ** (-START_DB / 10.0)
     if budget.conditioning is not None:
         caps["conditioning"] = budget.conditioning**2
+    floats = whole.fixed.get("bytes", 0.0) + sum(item.options[0].costs.get("bytes", 0.0) for item in whole.items)
+    latency = {f"latency {on}": 1.0 for on in backends}
     aims = {
-        "latency": {f"latency {on}": 1.0 for on in backends},
+        "latency": latency if not floats else {**latency, "bytes": BYTES * len(backends) / floats},
         "size": {"bytes": 1.0},
         "loss": {name: 1.0 / scale for name, scale in SCALES.items()},
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.export import ExportedProgram
@@ -33,9 +33,29 @@ _STRIDE = 3
 FLOATS: tuple[OpPrecision, ...] = ("fp32", "fp16")
 
 
+class Work(NamedTuple):
+    """Of one call of an op: multiply-accumulates, and values that it reads and writes, weights left out."""
+
+    macs: int
+    values: int
+
+
+LARGE = Work(2**50, 0)
+"""An op beside whose multiply-accumulates nothing else counts."""
+
+
+def work_of(site: Site) -> Work:
+    """By the shape of its weight: each is multiplied once at every position. Strides are not looked at."""
+    if site.weight is None:
+        return Work(site.macs, 0)
+    positions = site.macs // max(1, math.prod(site.shape))
+    return Work(site.macs, positions * (site.shape[0] + site.shape[1]))
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute an op, and its time against fp32 with each backend."""
+    """One way to compute an op, and with each backend its time, in that of as many fp32 multiply-accumulates of a large
+    op."""
 
     precision: OpPrecision
     form: str
@@ -111,13 +131,19 @@ def candidates(
     backends: Sequence[str],
     base: Precision,
     allowed: Collection[str] | None = None,
+    work: Work | None = None,
 ) -> tuple[Candidate, ...]:
     """What every one of `backends` executes natively and has a cost for, the float `base` first; `allowed` None: all.
 
     Weight-only precisions are none of a matmul's, and where two backends keep a precision's weights in different forms
     it is none of either's: they could not compute the same.
     """
-    found = [Candidate(base, "affine", 0, {name: _float_time(op, base, target.backend(name)) for name in backends})]
+    done = work or LARGE
+
+    def times(precision: OpPrecision) -> dict[str, float]:
+        return {name: target.backend(name).time(op, precision, *done) for name in backends}
+
+    found = [Candidate(base, "affine", 0, times(base))]
     for precision in COMPRESSED:
         if allowed is not None and precision not in allowed:
             continue
@@ -129,14 +155,8 @@ def candidates(
         priced: dict[str, PrecisionCost] = {name: cost for name, cost in costs.items() if cost is not None}
         if len(priced) == len(backends) and len({(cost.form, cost.group) for cost in priced.values()}) == 1:
             one = next(iter(priced.values()))
-            times = {name: cost.time for name, cost in priced.items()}
-            found.append(Candidate(precision, one.form, one.group, times))
+            found.append(Candidate(precision, one.form, one.group, times(precision)))
     return tuple(found)
-
-
-def _float_time(op: QuantizableOp, base: Precision, on: BackendOnTarget) -> float:
-    cost = on.cost(op, base)
-    return 1.0 if base == "fp32" or cost is None else cost.time
 
 
 def stored_bytes(shape: Sequence[int], channels: int, op: OpPlan | Candidate) -> int:

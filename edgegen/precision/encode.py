@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,11 @@ def activation_qparams(range: Range) -> QParams:
     low, high = min(range.low, 0.0), max(range.high, 0.0)
     if not math.isfinite(high - low):
         raise EdgegenError(f"range {range.low} .. {range.high} is not finite")
+    return _qparams(low, high)
+
+
+@lru_cache(maxsize=4096)
+def _qparams(low: float, high: float) -> QParams:
     if high - low < SMALLEST_SCALE * 255:
         return QParams(1.0, 0)
     scale = _short(torch.tensor((high - low) / 255.0, dtype=torch.float64), up=True).item()

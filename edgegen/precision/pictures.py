@@ -83,10 +83,10 @@ class Pictures:
     def loss(self, plans: Plans) -> float:
         return sum(self._losses(plans)) / self.count
 
-    def judged(self, plans: Plans) -> Judged:
-        """These ops together before the panel."""
+    def judged(self, plans: Plans, allowed: float = math.inf) -> Judged:
+        """These ops together before the panel; `allowed` as there."""
         assert self.panel is not None
-        return self.panel.judged(self._truth, self.drawing, plans)
+        return self.panel.judged(self._truth, self.drawing, plans, allowed)
 
     def worst(self, plans: Plans) -> float:
         """The loss of the pictures of that number of steps which loses most."""

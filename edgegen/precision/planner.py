@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from edgegen.cache import Cache
 from edgegen.errors import UsageError
+from edgegen.precision.asked import Asked
 from edgegen.precision.canonical import canonical_programs
 from edgegen.precision.cost import places, refusal
 from edgegen.precision.file import PlanFileError, bad_ranges, load_plan, nearest, write_plan
@@ -48,7 +49,7 @@ def make_plan(
     if options.qat is not None:
         check_memory(networks)
     progress.advance()
-    return Stages(student, target, tuple(backends), options, cache, progress, networks).make()
+    return Stages(Asked(student, target, tuple(backends), options, cache, progress, networks)).make()
 
 
 def write_planned(path: Path, planned: Planned) -> None:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import Interpreter, Node
+from torch.fx import Node
 
 from edgegen.graph.capture import signature
 from edgegen.graph.edit import user_inputs, weights
 from edgegen.precision.arithmetic import at_once, by_row, by_tensor, fake_quantized, int32_bias
 from edgegen.precision.conditioning import asked, pack
 from edgegen.precision.encode import encode_weight
+from edgegen.precision.interpret import Steps
 from edgegen.precision.plan import OpPlan
 from edgegen.precision.repair.q_sched import Factors, applied
 from edgegen.precision.sites import Site
@@ -69,21 +71,6 @@ def _dynamic(x: Tensor, rows: bool) -> Tensor:
 
 Observe = Callable[[Node, tuple[Any, ...], dict[str, Any], Tensor], Tensor]
 """(call, its arguments, their keywords, its value) -> the value to go on with."""
-
-
-class _Run(Interpreter):
-    def __init__(self, program: ExportedProgram, changed: Mapping[str, Changed], observe: Observe | None) -> None:
-        super().__init__(program.graph_module, garbage_collect_values=True)
-        self._changed = changed
-        self._observe = observe
-
-    def run_node(self, node: Node) -> Any:
-        if node.op != "call_function":
-            return super().run_node(node)
-        args, kwargs = self.fetch_args_kwargs_from_env(node)
-        change = self._changed.get(node.name)
-        value = self.call_function(node.target, args, kwargs) if change is None else change(node, args, kwargs)
-        return value if self._observe is None else self._observe(node, args, kwargs, value)
 
 
 @dataclass(frozen=True)
@@ -147,7 +134,18 @@ class Network:
         """Outputs, in order. Gradients flow where the inputs ask for them."""
         held: dict[str, Tensor] = {**self._held(), **{n.name: inputs[n.name] for n in user_inputs(self.program)}}
         given = [held[node.name] for node in self.program.graph.nodes if node.op == "placeholder"]
-        return tuple(_Run(self.program, changed or {}, observe).run(*given, enable_io_processing=False))
+        known = changed or {}
+
+        def compute(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            change = known.get(node.name)
+            value = node.target(*args, **kwargs) if change is None else change(node, args, kwargs)  # type: ignore[operator]
+            return value if observe is None else observe(node, args, kwargs, value)
+
+        return tuple(self._steps.run(given, compute))
+
+    @cached_property
+    def _steps(self) -> Steps:
+        return Steps(self.program)
 
     def _held(self) -> dict[str, Tensor]:
         if not self._weights:

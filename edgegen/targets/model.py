@@ -80,13 +80,17 @@ class DeniedOp(Denial):
 
 
 class PrecisionCost(_Model):
-    """What a precision costs: `time` is that of an op in it over the same op's in fp32. `form` and `group` are those of
-    `edgegen.precision.plan.OpPlan`: how the runtime keeps such weights. `reference`: as that of a denial, or
-    `assumed: ...`; a plan's latency is an estimate by it."""
+    """What a precision costs: `time` is that of a multiply-accumulate of a large op in it over the same in fp32. What
+    small ops take besides: `values` for each value that the op reads and writes, `call` for each call, both in
+    multiply-accumulates of fp32 that take as long; where they are not said, fp32's, and without those nothing. `form`
+    and `group` are those of `edgegen.precision.plan.OpPlan`: how the runtime keeps such weights. `reference`: as that
+    of a denial, or `assumed: ...`; a plan's latency is an estimate by it."""
 
     op: QuantizableOp
     precision: ExecutablePrecision
     time: Annotated[float, Field(gt=0, le=100)]
+    values: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    call: Annotated[float, Field(ge=0, le=1e9)] | None = None
     form: Literal["affine", "palette"] = "affine"
     group: Annotated[int, Field(ge=0, le=1024)] = 0
     reference: Annotated[str, Field(pattern=r"^(measured|assumed|read): .", max_length=600)]
@@ -308,6 +312,16 @@ class BackendOnTarget:
                 if (cost.op, cost.precision) == (op, precision):
                     return cost
         return None
+
+    def time(self, op: QuantizableOp, precision: ExecutablePrecision, macs: int, values: int) -> float:
+        """Of an op of `macs` multiply-accumulates that reads and writes `values` values, over that of as many fp32
+        multiply-accumulates in a large op. A float precision without a cost takes as long as fp32."""
+        cost, plain = self.cost(op, precision), self.cost(op, "fp32")
+        found = [] if plain is None else [plain]
+        found += [] if cost is None else [cost]
+        value = next((one.values for one in reversed(found) if one.values is not None), 0.0)
+        call = next((one.call for one in reversed(found) if one.call is not None), 0.0)
+        return (1.0 if cost is None else cost.time) + (value * values + call) / max(1, macs)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """What targets say of precisions, and what it comes to for an op."""
 
+from dataclasses import replace
+
 import pytest
 from pydantic import ValidationError
 
-from edgegen.precision.cost import candidates, float_precision, refusal, stored_bytes
+from edgegen.precision.cost import candidates, float_precision, refusal, stored_bytes, work_of
 from edgegen.precision.plan import COMPRESSED, OpPlan
+from edgegen.precision.sites import Site
 from edgegen.targets import list_targets, load_target
 from edgegen.targets.model import Delegate, DeniedOp
 
@@ -25,7 +28,7 @@ def test_the_float_comes_first_and_a_precision_must_be_everybody_s():
     assert [c.precision for c in one] == ["fp32", "w8a8", "w8a8-dynamic", "w8"]
     both = candidates("conv", (), target, ["tflite", "onnx"], "fp32")
     assert [c.precision for c in both] == ["fp32", "w8a8"]
-    assert both[1].time == {"tflite": 0.23, "onnx": 0.38}
+    assert both[1].time == pytest.approx({"tflite": 0.23, "onnx": 0.25})  # of large ops
     assert [c.precision for c in candidates("linear", (), target, ["tflite"], "fp32", ("w8",))] == ["fp32", "w8"]
 
 
@@ -76,3 +79,36 @@ def test_a_cost_twice_or_without_a_reference_is_refused():
     for wrong in ({"precisions": ["w8a8"]}, {"where": ["first"], "when": "first"}):
         with pytest.raises(ValidationError):
             DeniedOp.model_validate(denial | wrong)
+
+
+def _runtime(*costs):
+    delegate = Delegate(name="one", title="one", runtime="onnx", costs=costs)
+    return replace(load_target("linux-x86").backend("onnx"), delegates=(delegate,))
+
+
+def test_small_ops_take_what_is_said_of_their_values_and_calls():
+    facts = {"op": "linear", "reference": "assumed: for this test"}
+    plain = {**facts, "precision": "fp32", "time": 1.0, "values": 2.0, "call": 100.0}
+    on = _runtime(plain, {**facts, "precision": "w8a8", "time": 0.25, "values": 10.0})
+    assert on.time("linear", "fp32", 1000, 50) == pytest.approx(1.0 + 200 / 1000)
+    assert on.time("linear", "w8a8", 1000, 50) == pytest.approx(0.25 + (500 + 100) / 1000)  # a call as in fp32
+    assert on.time("linear", "w8a8", 10**9, 50) == pytest.approx(0.25, rel=1e-3)
+    assert on.time("conv", "fp32", 1000, 50) == 1.0
+
+
+def test_an_op_may_be_too_small_for_int8_to_pay():
+    facts = {"op": "linear", "reference": "assumed: for this test"}
+    on = _runtime(
+        {**facts, "precision": "fp32", "time": 1.0, "values": 0.0, "call": 0.0},
+        {**facts, "precision": "w8a8", "time": 0.25, "values": 0.0, "call": 3000.0},
+    )
+    assert on.time("linear", "w8a8", 2000, 0) > on.time("linear", "fp32", 2000, 0)
+    assert on.time("linear", "w8a8", 8000, 0) < on.time("linear", "fp32", 8000, 0)
+
+
+def test_work_is_read_off_the_weight():
+    linear = Site("a", "linear", "a", "w", (64, 32), 10 * 64 * 32)
+    assert work_of(linear) == (10 * 64 * 32, 10 * (64 + 32))
+    conv = Site("a", "conv", "a", "w", (8, 4, 3, 3), 25 * 8 * 4 * 9)
+    assert work_of(conv) == (25 * 8 * 4 * 9, 25 * (8 + 4))
+    assert work_of(Site("a", "matmul", "a", None, (), 100)) == (100, 0)

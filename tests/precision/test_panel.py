@@ -123,3 +123,16 @@ def test_one_that_ignores_the_prompt_fails_there_too(tolerance, gate, share):
     assert not sensitivity_met(step(share, 0.0, 0.0), tolerance, gate)
     assert not sensitivity_met(step(4 * share, 0.0, 0.0), tolerance, gate)
     assert not sensitivity_met(step(4 * share, 4 * share, -1.0), tolerance, gate)
+
+
+def test_a_plan_that_is_plainly_outside_is_given_up_early_and_one_inside_never(tiny, networks):
+    made = judges(tiny, networks, 16)
+    drawing = Drawing(tiny, networks)
+    sites = networks["denoiser"].sites
+    plans = {"denoiser": {key: OpPlan(precision="w4", op=one.kind) for key, one in sites.items() if one.weight}}
+    whole = made.judged(drawing, drawing, plans)
+    assert whole.pairs == 16
+    early = made.judged(drawing, drawing, plans, allowed=whole.conditioning / 10)
+    assert early.pairs == 4 and early.conditioning <= whole.conditioning
+    assert early.conditioning_most > whole.conditioning / 10
+    assert made.judged(drawing, drawing, plans, allowed=3 * whole.conditioning_most) == whole

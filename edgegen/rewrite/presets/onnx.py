@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edgegen.rewrite.base import Pass
+from edgegen.rewrite.conv1x1_to_linear import Conv1x1ToLinear
 from edgegen.rewrite.explicit_attention import ExplicitAttention
 from edgegen.rewrite.fold_bias_add import FoldBiasAdd
 from edgegen.rewrite.grouped_query import GroupedQuery
@@ -18,4 +19,5 @@ def passes() -> tuple[Pass, ...]:
         ExplicitAttention(rank=3),
         FoldBiasAdd(),
         UpsampleToPixelShuffle(form="permute"),
+        Conv1x1ToLinear(where="tokens"),
     )

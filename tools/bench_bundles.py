@@ -1,0 +1,120 @@
+"""Two bundles of one student, one in fp32 and one of a plan: every artifact of both timed in turns, in one run.
+
+    python tools/bench_bundles.py demo/fp32 demo/int8 --markdown docs/benchmarks/int8-shapes-latency.md
+
+A turn is as many calls in a row as a picture has steps (`--calls`), of the one artifact and then of the other, so that
+a machine that is busy for a while slows both down; of each turn the mean counts, of all turns the median. Before a turn
+nothing runs for some milliseconds: threads that a runtime leaves waiting for more work would take time from the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from turns import PAUSE, WARM_UP, settings_of, turns
+
+from edgegen.bundle.open import Bundle, open_bundle
+from edgegen.lower.backend import Array, Executable, get_backend
+from edgegen.lower.chain import load_artifact
+
+
+@dataclass(frozen=True)
+class Row:
+    """Milliseconds of one call: the median of all turns, and the least."""
+
+    backend: str
+    component: str
+    fp32_ms: float
+    plan_ms: float
+    fp32_least_ms: float
+    plan_least_ms: float
+    fp32_bytes: int
+    plan_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        return self.plan_ms / self.fp32_ms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fp32", type=Path)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--backend", nargs="+", help="default: all that both bundles have")
+    parser.add_argument("--component", nargs="+", default=["denoiser"])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--turns", type=int, default=150)
+    parser.add_argument("--calls", type=int, default=4)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    bundles = open_bundle(options.fp32), open_bundle(options.plan)
+    shared = [name for name in bundles[0].backends() if name in bundles[1].backends()]
+    names = options.backend or shared
+    said = (
+        f"{options.turns} turns of {options.calls} calls of each artifact, medians, after {WARM_UP} that do not count"
+    )
+    settings = settings_of(names, options.threads, turns=said)
+    rows = [_row(bundles, name, part, options) for name in names for part in options.component]
+    settings["load average at the end"] = str(os.getloadavg())
+    text = _markdown(settings, rows)
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text)
+    if options.json:
+        found = {"settings": settings, "rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _row(bundles: tuple[Bundle, Bundle], backend: str, component: str, options: argparse.Namespace) -> Row:
+    loaded = [_loaded(one, backend, component) for one in bundles]
+    calls = [partial(run, given) for run, given in loaded]
+    taken = turns(calls, options.turns, in_a_row=options.calls, pause=PAUSE)
+    for run, _ in loaded:
+        run.close()
+    medians, least = [statistics.median(one) * 1e3 for one in taken], [min(one) * 1e3 for one in taken]
+    sizes = [one.artifacts(backend)[component].bytes for one in bundles]
+    row = Row(backend, component, *medians, *least, *sizes)
+    print(f"{backend} {component}: {row.fp32_ms:.2f} -> {row.plan_ms:.2f} ms, {row.ratio:.3f}", file=sys.stderr)
+    return row
+
+
+def _loaded(bundle: Bundle, backend: str, component: str) -> tuple[Executable, Mapping[str, Array]]:
+    """The artifact, and what it is called with: noise, and the first of the sampler's steps."""
+    io, draw = bundle.manifest.components[component], np.random.default_rng(0)
+    path = bundle.loadable(bundle.artifacts(backend)[component])
+    run = load_artifact(get_backend(backend), path, io.inputs, io.outputs)
+    given: dict[str, Array] = {}
+    for spec in io.inputs:
+        noise = draw.standard_normal(spec.shape).astype(np.float32)
+        given[spec.name] = noise if spec.dtype == "float32" else np.zeros(spec.shape, spec.dtype)
+    return run, given
+
+
+def _markdown(settings: Mapping[str, str], rows: list[Row]) -> str:
+    assert __doc__ is not None
+    title = "# Latency of a plan's artifacts against their own fp32, in turns"
+    lines = [title, "", __doc__.strip().split("\n\n")[-1], ""]
+    lines += [f"- {name}: {value}" for name, value in settings.items()]
+    lines += ["", "| backend | component | fp32 ms | plan ms | ratio | least ms, fp32 and plan | MB, fp32 and plan |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for row in rows:
+        least = f"{row.fp32_least_ms:.2f}, {row.plan_least_ms:.2f}"
+        sizes = f"{row.fp32_bytes / 1e6:.2f}, {row.plan_bytes / 1e6:.2f}"
+        cells = [row.backend, row.component, f"{row.fp32_ms:.2f}", f"{row.plan_ms:.2f}", f"{row.ratio:.3f}"]
+        lines.append(f"| {' | '.join(cells)} | {least} | {sizes} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
