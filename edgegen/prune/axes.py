@@ -461,11 +461,9 @@ def _attention(axes: Axes, node: Node) -> Made:
         ledger.fix(vector(one, -2), f"{where} is a softmax over it")
     for one in (q, k):
         ledger.fix(vector(one, -1), f"the scale of {where} follows the width of a head")
-    width = vector(v, -1)
-    if batch.layers:
-        ledger.fix(width, WIDTH)
-        width = torch.full_like(width, STAYS)
-    return _with_matrix(batch, vector(q, -2), width, shape, ledger)
+    # Code takes the values' width for that of the keys.
+    ledger.fix(vector(v, -1), WIDTH)
+    return _with_matrix(batch, vector(q, -2), torch.full((shape[-1],), STAYS), shape, ledger)
 
 
 def _repeated(batch: Labels, shape: Sequence[int]) -> Labels:

@@ -73,7 +73,9 @@ def reduce(module: nn.Module, pruning: Pruning, *, weights: bool) -> nn.Module:
     for key, dims_ in cut.items():
         _cut(shared[key], dims_, weights)
     for one in module.modules():
-        _settle(one, widths[id(one)])
+        _settle(one)
+    for one in module.modules():
+        _settle_above(one, widths[id(one)])
     return module
 
 
@@ -213,34 +215,37 @@ def _head_width(module: nn.Module) -> tuple[str, str, int] | None:
     return None
 
 
-def _settle(module: nn.Module, heads: tuple[str, str, int] | None) -> None:
+def _settle(module: nn.Module) -> None:
     """Sizes that a module remembers, from the tensors that it holds now."""
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor):
-        if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = weight.shape
-        elif isinstance(module, nn.modules.conv._ConvNd):
-            here, there = weight.shape[0], weight.shape[1] * module.groups
-            module.in_channels, module.out_channels = (here, there) if module.transposed else (there, here)
-        elif isinstance(module, nn.Embedding):
-            module.num_embeddings, module.embedding_dim = weight.shape
-        elif isinstance(module, nn.GroupNorm):
-            module.num_channels = weight.shape[0]
-        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            module.normalized_shape = tuple(weight.shape)
-        elif isinstance(module, nn.modules.batchnorm._NormBase):
-            module.num_features = weight.shape[0]
+    if not isinstance(weight, Tensor):
+        return
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        here, there = weight.shape[0], weight.shape[1] * module.groups
+        module.in_channels, module.out_channels = (here, there) if module.transposed else (there, here)
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = weight.shape[0]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        module.num_features = weight.shape[0]
+
+
+def _settle_above(module: nn.Module, heads: tuple[str, str, int] | None) -> None:
+    """What a module remembers of its children, which know their own sizes by now."""
     if heads is not None:
         attribute, projection, width = heads
-        linear = getattr(module, projection)
-        if linear.out_features % width:
-            raise EdgegenError(
-                f"pruning leaves part of a head: {linear.out_features} outputs, heads of {width}", PRUNE_HINT
-            )
-        setattr(module, attribute, linear.out_features // width)
+        outputs = getattr(module, projection).out_features
+        if outputs % width:
+            raise EdgegenError(f"pruning leaves part of a head: {outputs} outputs, heads of {width}", PRUNE_HINT)
+        setattr(module, attribute, outputs // width)
     # What diffusers' resamplers hold their input against.
     channels, conv = getattr(module, "channels", None), getattr(module, "conv", None)
-    if isinstance(channels, int) and isinstance(conv, nn.modules.conv._ConvNd):
+    if isinstance(channels, int) and isinstance(conv, nn.Conv2d):
         module.channels = conv.in_channels  # type: ignore[assignment]
 
 

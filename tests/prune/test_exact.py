@@ -306,6 +306,28 @@ def test_what_is_picked_by_its_position_stays():
 # Families
 
 
+def test_a_diffusers_unet_with_attention_in_every_level_and_its_decoder_equal_theirs():
+    """Its modules remember how many heads and channels they have, and are told."""
+    from edgegen.graph.capture import capture
+    from edgegen.students.architectures import build_module
+    from edgegen.students.student import Component
+
+    student = new("sd-turbo", "tiny")
+    part = student.components["denoiser"]
+    config = dict(student.config.components["denoiser"].config)
+    config["unet"] = {
+        **config["unet"],
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    }
+    torch.manual_seed(0)
+    denoiser = Component("denoiser", build_module("diffusers_unet", config), part.inputs, part.outputs)
+    for one in (denoiser, student.components["decoder"]):
+        found, left = difference(capture(one), one.module, one.example_inputs(), 0.5, seed=3)
+        assert found < 1e-3, one.name
+        assert left < 0.5, one.name
+
+
 @pytest.mark.parametrize("family", ["shapes", "sdxs-512", "snapgen", "snapgenpp", "mobilei2v"])
 def test_families_equal_their_masked_networks(family, shapes):
     from edgegen.graph.capture import capture
