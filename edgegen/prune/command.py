@@ -15,7 +15,9 @@ from edgegen.graph.capture import capture
 from edgegen.graph.count import GraphCount, count
 from edgegen.precision.options import Progress
 from edgegen.prune.apply import pruned, require_modules
-from edgegen.prune.find import spaces as find
+from edgegen.prune.check import check
+from edgegen.prune.find import find
+from edgegen.prune.find import spaces as find_spaces
 from edgegen.prune.importance import Floats, Probe, confirmed, importance, magnitude
 from edgegen.prune.ratio import by_ratio, ratio_for
 from edgegen.prune.space import Spaces, to_pruning
@@ -112,14 +114,15 @@ def prune(
     if options.uniform and options.max_latency is not None:
         raise UsageError("`--uniform` knows MACs and ratios, not latency", hint="`--max-macs 60%` or `--ratio 0.4`")
     progress.stage("capture, find what may be cut", len(names))
-    programs, found = {}, {}
+    programs, known = {}, {}
     for name in names:
         programs[name] = capture(student.components[name])
-        found[name] = find(programs[name])
-        if not found[name].spaces:
-            why = next((one.frozen for one in found[name].frozen), "it has no channels, heads or feed-forwards")
+        known[name] = find(programs[name])
+        if not known[name].spaces.spaces:
+            why = next((one.frozen for one in known[name].spaces.frozen), "it has no channels, heads or feed-forwards")
             raise UsageError(f"nothing of component `{name}` may be cut: {why}")
         progress.advance()
+    found = {name: one.spaces for name, one in known.items()}
     multiple = max((target.backend(name).width_multiple for name in backends), default=1)
     probe = Probe.of(student, options.samples, options.steps)
     ranks: dict[str, dict[str, Sequence[float]]]
@@ -151,6 +154,10 @@ def prune(
     else:
         prunings, latency = _searched(student, target, backends, options, names, ranks, cache, progress)
         source = "kernels timed on this machine"
+    progress.stage("hold what is left against what it was", len(prunings))
+    for name, pruning in prunings.items():
+        check(student.components[name], known[name], pruning)
+        progress.advance()
     made = pruned(student, prunings)
     parts = tuple(_part(made, name, programs[name], found[name], prunings.get(name, Pruning())) for name in names)
     if not latency:
@@ -208,7 +215,7 @@ def _searched(
         target,
         backends,
         Options(tuple(names), depth=options.depth, steps=options.steps, jobs=options.jobs),
-        find,
+        find_spaces,
         lambda part, _: ranks[part.name],
         cache,
         progress,

@@ -10,10 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgegen.errors import EdgegenError
+from edgegen.graph.capture import capture
+from edgegen.graph.tensor_spec import TensorSpec
+from edgegen.prune.check import check
 from edgegen.prune.find import find
 from edgegen.prune.space import to_pruning
+from edgegen.students.architectures import build_module
 from edgegen.students.families.registry import new
 from edgegen.students.reduce import reduce
+from edgegen.students.student import Component
 from tests.prune.masked import Masked, chosen
 
 TOLERANCE = 2e-5
@@ -303,15 +309,48 @@ def test_what_is_picked_by_its_position_stays():
     assert not found.spaces.spaces
 
 
+class Remembers(nn.Module):
+    """`heads` is a number of its own; what is left of a head takes the width that is left over."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave, self.heads = nn.Linear(4, 12), nn.Linear(12, 2), 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.enter(x)
+        h = q.view(*q.shape[:2], self.heads, -1).transpose(1, 2)
+        return self.leave(F.scaled_dot_product_attention(h, h, h).transpose(1, 2).flatten(2))
+
+
+class Halved(nn.Module):
+    """Its halves meet at 6, whatever is left."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 12), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.enter(x)
+        return self.leave(torch.relu(both[..., :6])) + both[..., 6:].sum()
+
+
+@pytest.mark.parametrize("kind", [Remembers, Halved])
+def test_a_module_that_remembers_its_size_is_refused(kind):
+    module = kind().eval().requires_grad_(False)
+    inputs = (TensorSpec(name="x", shape=(1, 5, 4)),)
+    part = Component("model", module, inputs, (TensorSpec(name="y", shape=(1, 5, 2)),))
+    found = find(capture(part))
+    assert found.spaces.spaces
+    selection = {one.name: tuple(range(1, one.count)) for one in found.spaces.spaces}
+    with pytest.raises(EdgegenError, match="does not follow"):
+        check(part, found, to_pruning(found.spaces, selection))
+
+
 # Families
 
 
 def test_a_diffusers_unet_with_attention_in_every_level_and_its_decoder_equal_theirs():
     """Its modules remember how many heads and channels they have, and are told."""
-    from edgegen.graph.capture import capture
-    from edgegen.students.architectures import build_module
-    from edgegen.students.student import Component
-
     student = new("sd-turbo", "tiny")
     part = student.components["denoiser"]
     config = dict(student.config.components["denoiser"].config)
@@ -330,11 +369,12 @@ def test_a_diffusers_unet_with_attention_in_every_level_and_its_decoder_equal_th
 
 @pytest.mark.parametrize("family", ["shapes", "sdxs-512", "snapgen", "snapgenpp", "mobilei2v"])
 def test_families_equal_their_masked_networks(family, shapes):
-    from edgegen.graph.capture import capture
-
     student = shapes if family == "shapes" else new(family, "tiny")
     for name in ("denoiser", "decoder"):
         part = student.components[name]
-        found, left = difference(capture(part), part.module, part.example_inputs(), 0.5, seed=2)
+        program = capture(part)
+        found, left = difference(program, part.module, part.example_inputs(), 0.5, seed=2)
+        known = find(program)
+        check(part, known, to_pruning(known.spaces, chosen(known.spaces, 0.5, seed=2)))
         assert found < 1e-3, name
         assert left < 0.75, name
