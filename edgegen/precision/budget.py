@@ -24,9 +24,6 @@ from edgegen.targets import Target
 Aim = Literal["latency", "size", "loss"]
 START_DB = 22.0
 """Where the search starts when alignment alone is asked for."""
-BYTES = 0.5
-"""What halving the bytes counts beside halving the latency, where latency is made small: of two ops that cost as much
-time the one of fewer weights stays float."""
 SCALES = {"picture": 1e-3, "conditioning": 0.05**2}
 """What counts as much as the other where losses are made small: 30 dB, five percent."""
 
@@ -180,10 +177,8 @@ def within(whole: Problem, budget: Budget, backends: Sequence[str]) -> Problem:
         caps["picture"] = 10.0 ** (-START_DB / 10.0)
     if budget.conditioning is not None:
         caps["conditioning"] = budget.conditioning**2
-    floats = whole.fixed.get("bytes", 0.0) + sum(item.options[0].costs.get("bytes", 0.0) for item in whole.items)
-    latency = {f"latency {on}": 1.0 for on in backends}
     aims = {
-        "latency": latency if not floats else {**latency, "bytes": BYTES * len(backends) / floats},
+        "latency": {f"latency {on}": 1.0 for on in backends},
         "size": {"bytes": 1.0},
         "loss": {name: 1.0 / scale for name, scale in SCALES.items()},
     }
