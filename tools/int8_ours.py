@@ -16,7 +16,7 @@ from turns import request_of
 
 from edgegen.build.graphs import Graphs
 from edgegen.cache import Cache
-from edgegen.errors import EdgegenError
+from edgegen.errors import EdgegenError, GateError
 from edgegen.lower.backend import LowerRequest, get_backend
 from edgegen.precision.canonical import canonical_passes, timesteps_of
 from edgegen.precision.options import Planned, PlanOptions
@@ -30,17 +30,21 @@ APPLE = ("coreml", "coreai")
 """Computed here, and not timed: their latency is a device's."""
 CPU_TARGET, APPLE_TARGET = "linux-x86", "iphone17"
 APPLE_PLANS = {
-    "w8": PlanOptions(precisions=("w8",), precision="fp32", aim="loss", max_size_ratio=0.262, repairs=True),
-    "w8a8": PlanOptions(precisions=("w8a8",), precision="fp32", aim="loss", max_size_ratio=0.262, repairs=True),
+    "w8": PlanOptions(precisions=("w8",), precision="fp32", aim="loss", max_size_ratio=1.0, repairs=True),
+    "w8a8": PlanOptions(precisions=("w8a8",), precision="fp32", aim="loss", max_size_ratio=1.0, repairs=True),
 }
-"""The least loss that int8's bytes allow, with float32 between, so that quantization is all that is compared."""
+"""As `equal` of those below, with float32 between, so that quantization is all that is compared."""
 PLANS = {
     "fast": PlanOptions(min_psnr=28.6, repairs=True),
     "fine": PlanOptions(min_psnr=29.6, repairs=True),
     "faithful": PlanOptions(aim="loss", max_size_ratio=0.262, max_latency=0.42, repairs=True),
+    "equal": PlanOptions(aim="loss", max_size_ratio=1.0, repairs=True),
 }
 """`fast` and `fine`: the least estimated latency at 28 and at 29 dB, with some tenths for inputs that were not planned
-on; `faithful`: the least loss that int8's bytes and an estimated 0.42 of fp32's latency allow."""
+on; `faithful`: the least loss that int8's bytes and an estimated 0.42 of fp32's latency allow; `equal`: the least loss
+at the fewest bytes that the runtime's precisions allow, which is what whole-int8 recipes have."""
+SIZES = (0.2525, 0.255, 0.2575, 0.26, 0.265, 0.27, 0.28, 0.3, 0.35, 0.4)
+"""Shares of fp32's bytes that `equal` is tried with, from the least on."""
 PLAIN = "plain fp32"
 
 
@@ -92,7 +96,15 @@ class Ours:
 
     def _planned(self, options: PlanOptions) -> Planned:
         target = load_target(APPLE_TARGET if self.backend in APPLE else CPU_TARGET)
-        return make_plan(self.subject.student, target, (self.backend,), options, self.cache, Quiet())
+        sizes = SIZES if options.max_size_ratio == 1.0 else (options.max_size_ratio,)
+        for size in sizes:
+            asked = options.model_copy(update={"max_size_ratio": size})
+            try:
+                return make_plan(self.subject.student, target, (self.backend,), asked, self.cache, Quiet())
+            except GateError:
+                if size == sizes[-1]:
+                    raise
+        raise AssertionError("there is no size to try")
 
     def _lowered(self, name: str, planned: Planned, quantizing: float) -> Made:
         started = time.perf_counter()
