@@ -60,8 +60,9 @@ BACKENDS = ("tflite", "executorch", "onnx")
 ASKED = {"tflite": 0.45, "executorch": 0.60, "onnx": 0.60}
 """Share of its own fp32's latency that the denoiser may take."""
 PALETTE = {"precisions": ("w4",), "max_size_ratio": 0.16}
-PLANTED = {"samples": 2, "judged": 8, "confirmed": 6, "spread": 12}
-"""How much the plan of the student with planted outliers measures: a quarter of what plans do."""
+BRIEF = {"samples": 2, "judged": 8, "confirmed": 6, "spread": 12}
+"""How much is measured for the plan of the student with planted outliers, and with `--brief` for all: a quarter of what
+plans do."""
 SAMPLES = 4
 
 
@@ -194,6 +195,9 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, nargs="+", default=list(BACKENDS))
     parser.add_argument("--unrepaired", action="store_true", help="the plan without repairs too")
     parser.add_argument("--max-size", type=float, help="share of fp32's bytes, for the plan")
+    parser.add_argument(
+        "--brief", action="store_true", help="measure a quarter of what plans do: minutes instead of many"
+    )
     parser.add_argument("--no-palettes", action="store_true", help="leave the palettes for Core ML out")
     parser.add_argument("--prompts", type=int, default=108, help="held-back prompts that alignment is over")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -209,6 +213,7 @@ def main() -> None:
         options.backend,
         options.threads,
         repeats=f"{options.repeats} calls of each denoiser in turns, medians, after 3 that do not count",
+        plans="as for the planted outliers: a quarter measured of what plans do" if options.brief else "as by default",
         pictures=f"{SAMPLES} for PSNR and conditioning, {options.prompts} held-back prompts for alignment",
     )
     print("\n".join(f"{name}: {value}" for name, value in settings.items()), file=sys.stderr, flush=True)
@@ -236,14 +241,18 @@ def main() -> None:
             found.correlations[name] = round(made.rank_correlation, 3)
         show(bench.planned_rows(name, made))
 
+    brief = BRIEF if options.brief else {}
     student = load(family.WEIGHTS)
     bench = Bench("shapes", student, options.backend, cache, options.prompts)
     show(bench.float_rows())
     show(bench.naive_rows())
+    outliers = Bench("shapes, planted outliers", planted(student), ("onnx",), cache, options.prompts)
+    show(outliers.naive_rows())
+    planned(outliers, "planted outliers, plan for onnx, repaired", outliers.plan(True, **BRIEF))
     plans: list[tuple[str, Planned]] = []
     for repairs in (False, True) if options.unrepaired else (True,):
         name = f"plan for {', '.join(options.backend)}" + ", repaired" * repairs
-        plans.append((name, bench.plan(repairs, max_size_ratio=options.max_size)))
+        plans.append((name, bench.plan(repairs, max_size_ratio=options.max_size, **brief)))
         planned(bench, *plans[-1])
     if not options.no_latency:
         for backend in options.backend:
@@ -251,14 +260,11 @@ def main() -> None:
                 found.timed.append(one)
                 print(one, flush=True)
             write()
-    outliers = Bench("shapes, planted outliers", planted(student), ("onnx",), cache, options.prompts)
-    show(outliers.naive_rows())
-    planned(outliers, "planted outliers, plan for onnx, repaired", outliers.plan(True, **PLANTED))
     if not options.no_palettes:
         apple = Bench("shapes", student, ("coreml",), cache, options.prompts)
         for repairs in (False, True):
             name = "w4 palettes for coreml" + ", repaired" * repairs
-            planned(apple, name, apple.plan(repairs, "iphone15", **PALETTE))
+            planned(apple, name, apple.plan(repairs, "iphone15", **PALETTE, **brief))
 
 
 def _timed(bench: Bench, backend: str, plans: Sequence[tuple[str, Planned]], repeats: int) -> Iterator[Timed]:
