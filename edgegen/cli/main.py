@@ -28,6 +28,9 @@ COMMANDS = {
     "inspect": Lazy("edgegen.cli.inspect:command", "Count parameters, MACs and ops of a model or a bundle"),
     "plan": Lazy("edgegen.cli.plan:command", "Choose one precision for each op, within a budget, and write it down"),
     "prune": Lazy("edgegen.cli.prune:command", "Take channels, heads and blocks out of a student, within a budget"),
+    "tune": Lazy(
+        "edgegen.cli.tune:command", "Choose widths, blocks and precisions together; write the best as recipes"
+    ),
     "passes": Lazy("edgegen.cli.passes:command", "List, show and run the rewrites of graphs"),
     "targets": Lazy("edgegen.cli.targets:command", "List, show and validate target devices"),
     "cache": Lazy("edgegen.cli.cache:command", "Show or empty the cache that builds share"),

@@ -58,6 +58,15 @@ class Stages:
         equal = mender.equalised()
         return Stages(replace(self.asked, networks=equal.networks(self.asked.networks), equal=equal))._made(mender)
 
+    def known(self) -> tuple[dict[Key, tuple[Candidate, ...]], Mapping[Key, tuple[Effect, ...]]]:
+        """Every op's candidates, the float first, and the effects of the others: what a search that decides more than
+        precisions starts from."""
+        found = self._candidates(self.options.precision or float_precision(self.target, self.backends))
+        observed = self._ranges()
+        ops = {key: self._ops(key, found[key], observed) for key in found}
+        options = {key: made[1:] for key, made in ops.items() if len(made) > 1}
+        return found, self._sensitivity(self._experiment(), options).effects
+
     def _made(self, mender: Mender | None) -> Planned:
         base = self.asked.options.precision or float_precision(self.asked.target, self.asked.backends)
         found = self.asked.candidates(base)
