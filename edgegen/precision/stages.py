@@ -12,7 +12,7 @@ from edgegen.precision.asked import Asked, Experiment
 from edgegen.precision.budget import Budget, Measured, problem, psnr, within
 from edgegen.precision.calls import Calls
 from edgegen.precision.choose import Choice, InfeasibleError, Problem, choose
-from edgegen.precision.cost import float_precision
+from edgegen.precision.cost import Candidate, float_precision
 from edgegen.precision.expected import expected, fp32_bytes, front, measured_of, said
 from edgegen.precision.file import Notes
 from edgegen.precision.memo import kept
@@ -61,11 +61,12 @@ class Stages:
     def known(self) -> tuple[dict[Key, tuple[Candidate, ...]], Mapping[Key, tuple[Effect, ...]]]:
         """Every op's candidates, the float first, and the effects of the others: what a search that decides more than
         precisions starts from."""
-        found = self._candidates(self.options.precision or float_precision(self.target, self.backends))
-        observed = self._ranges()
-        ops = {key: self._ops(key, found[key], observed) for key in found}
+        base = self.asked.options.precision or float_precision(self.asked.target, self.asked.backends)
+        found = self.asked.candidates(base)
+        observed = self.asked.ranges()
+        ops = {key: self.asked.ops(key, found[key], observed) for key in found}
         options = {key: made[1:] for key, made in ops.items() if len(made) > 1}
-        return found, self._sensitivity(self._experiment(), options).effects
+        return found, self._sensitivity(self.asked.experiment(), options).effects
 
     def _made(self, mender: Mender | None) -> Planned:
         base = self.asked.options.precision or float_precision(self.asked.target, self.asked.backends)

@@ -10,7 +10,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from edgegen.cache import Cache
-from edgegen.errors import GateError, UsageError
+from edgegen.errors import UsageError
 from edgegen.graph.capture import capture
 from edgegen.graph.count import GraphCount, count
 from edgegen.precision.options import Progress
@@ -20,7 +20,9 @@ from edgegen.prune.find import find
 from edgegen.prune.find import spaces as find_spaces
 from edgegen.prune.importance import Floats, Probe, confirmed, importance, magnitude
 from edgegen.prune.ratio import by_ratio, ratio_for
+from edgegen.prune.refusal import refused
 from edgegen.prune.space import Spaces, to_pruning
+from edgegen.prune.target_speed import target_speed
 from edgegen.prune.trial import Trial
 from edgegen.students.pruning import Pruning
 from edgegen.students.student import Student
@@ -152,8 +154,7 @@ def prune(
             prunings[name] = ratio_for(student, name, found[name], ranks[name], most, multiple)
             progress.advance()
     else:
-        prunings, latency = _searched(student, target, backends, options, names, ranks, cache, progress)
-        source = "kernels timed on this machine"
+        prunings, latency, source = _searched(student, target, backends, options, names, ranks, cache, progress)
     progress.stage("hold what is left against what it was", len(prunings))
     for name, pruning in prunings.items():
         check(student.components[name], known[name], pruning)
@@ -200,8 +201,8 @@ def _searched(
     ranks: Mapping[str, Mapping[str, Sequence[float]]],
     cache: Cache,
     progress: Progress,
-) -> tuple[dict[str, Pruning], dict[str, tuple[float, float]]]:
-    """What loses least within the budget, and the latencies before and after."""
+) -> tuple[dict[str, Pruning], dict[str, tuple[float, float]], str]:
+    """What loses least within the budget, the latencies before and after, and what those are from."""
     from edgegen.prune.assemble import Options, assemble
     from edgegen.prune.search import NoFitError, search
 
@@ -222,26 +223,41 @@ def _searched(
     )
     whole = assembled.whole.totals
     caps = {f"macs {name}": share * whole[f"macs {name}"] for name, share in _shares(options, names).items()}
+    factors, source = _scaled(target, backends, options, cache, progress)
     if options.max_latency is not None:
         for name in backends:
             cost = f"latency {name}"
-            caps[cost] = options.max_latency if options.latency_ms else options.max_latency * whole[cost]
+            caps[cost] = options.max_latency * (1 / factors[name] if options.latency_ms else whole[cost])
     progress.stage("search", 1)
     try:
         choice = search(replace(assembled.problem, caps=caps, minimise={"picture": 1.0}))
     except NoFitError as error:
-        reached = [f"{cap} {value:,.4g}" for cap, value in error.best.items() if value is not None]
-        raise GateError(
-            f"no legal network keeps to {', '.join(f'{cap} {value:,.4g}' for cap, value in caps.items())}",
-            hint=f"the least that can be reached: {', '.join(reached)}" if reached else "allow more",
-        ) from error
+        raise refused(error, caps, whole) from error
     progress.advance()
     latency = {
-        name: (whole[f"latency {name}"], choice.totals[f"latency {name}"])
+        name: (whole[f"latency {name}"] * factors[name], choice.totals[f"latency {name}"] * factors[name])
         for name in backends
         if f"latency {name}" in whole
     }
-    return assembled.prunings(choice), latency
+    return assembled.prunings(choice), latency, source
+
+
+def _scaled(
+    target: Target, backends: Sequence[str], options: PruneOptions, cache: Cache, progress: Progress
+) -> tuple[dict[str, float], str]:
+    """Backend -> milliseconds of the target for each of this machine, and where that is from; 1 for a target whose
+    speed nobody has measured, which is no answer where milliseconds were asked for: UsageError."""
+    factors, said = {}, []
+    for name in backends:
+        speed = target_speed(target.backend(name), cache, progress)
+        if speed is None and options.latency_ms:
+            raise UsageError(
+                f"nobody has measured how fast target `{target.name}` runs fp32 with `{name}`",
+                hint="ask for a share instead: `--max-latency 0.6x`",
+            )
+        factors[name] = 1.0 if speed is None else speed.factor
+        said.append("kernels timed on this machine, not scaled" if speed is None else speed.said())
+    return factors, "; ".join(dict.fromkeys(said))
 
 
 def _by_throughput(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from edgegen.cache import Cache
+from edgegen.precision.asked import Asked
 from edgegen.precision.canonical import canonical_programs
 from edgegen.precision.cost import Candidate
 from edgegen.precision.options import PlanOptions, Progress
@@ -37,8 +38,8 @@ def priced(
         name: Network(name, program, sites(program)) for name, program in canonical_programs(student, backends).items()
     }
     options = PlanOptions(precisions=precisions, confirmed=6, spread=10)
-    stages = Stages(student, target, tuple(backends), options, cache, progress, networks)
-    found, effects = stages.known()
+    asked = Asked(student, target, tuple(backends), options, cache, progress, networks)
+    found, effects = Stages(asked).known()
     macs = {(name, key): site.macs for name, network in networks.items() for key, site in network.sites.items()}
     paths: dict[tuple[str, str], list[Key]] = {}
     for name, key in found:
