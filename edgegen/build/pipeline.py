@@ -148,6 +148,15 @@ def raise_for_failures(built: Sequence[Built]) -> None:
         raise GateError(error.message, hint=f"look at the pictures and tables in report.html of {failed}") from error
 
 
+def _moved(failures: Sequence[LowerFailure], logs: Path, failed: Path) -> tuple[LowerFailure, ...]:
+    """`failures` that name their logs where a reader finds them: the folder they were written to does not stay."""
+    stays = str(failed / "reports" / "logs")
+    for failure in failures:
+        failure.error.message = failure.error.message.replace(str(logs), stays)
+        failure.error.hint = failure.error.hint and failure.error.hint.replace(str(logs), stays)
+    return tuple(dataclasses.replace(one, log=failed / "reports" / "logs" / one.log.name) for one in failures)
+
+
 def build(shared: _Shared, recipe: Recipe) -> Built:
     """Build one bundle; it appears at the recipe's output only when every stage and gate was met."""
     student, progress = shared.student, shared.progress
@@ -215,7 +224,7 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
                 writer.write(contents)
         else:
             failed = recipe.output.with_name(f"{recipe.output.name}.failed")
-            built = dataclasses.replace(built, path=failed)
+            built = dataclasses.replace(built, path=failed, failures=_moved(built.failures, logs, failed))
             write_bundle(failed, contents)
         progress.advance()
         return built

@@ -303,8 +303,8 @@ def _check_draws(bundle: Bundle) -> None:
     manifest = bundle.manifest
     if manifest.task == "single":
         raise UsageError(
-            f"bundle `{bundle.root}` is a single network and draws no picture",
-            hint=f"edgegen inspect {shlex.quote(str(bundle.root))}",
+            f"bundle `{bundle.root}` is a single network and draws nothing from a prompt",
+            hint=f"edgegen run {shlex.quote(str(bundle.root))} --inputs inputs.npz",
         )
     parts = TASKS[manifest.task]
     absent = [name for name in parts if name not in manifest.components]

@@ -101,7 +101,7 @@ class CoreMLBackend:
         try:
             stored = stored_weights(program, request.quantized)
             floats = with_float_weights(program, stored)
-            decomposed = _named(floats.run_decompositions({}), request.inputs, request.outputs)
+            decomposed = _named(_decomposed(floats), request.inputs, request.outputs)
             check_states(decomposed, request.component, int(target) >= int(ct.target[FIRST_TARGET]), target_name)
             calls = _handles(decomposed, {*request.islands, *request.quantized})
             handles |= _with_quantizers(decomposed, {at for at, name in calls.items() if name in request.islands})
@@ -220,11 +220,23 @@ class CoreMLBackend:
         """The converter names values after the nodes that it was given: those of `program`, prepared as by `lower`."""
         from edgegen.graph.edit import private_program
 
-        prepared = _named(private_program(program).run_decompositions({}), inputs, outputs)
+        prepared = _named(_decomposed(private_program(program)), inputs, outputs)
         return nodes_of_values(program, prepared, outputs)
 
     def value_stem(self, name: str) -> str:
         return value_stem(name)
+
+
+def _decomposed(program: ExportedProgram) -> ExportedProgram:
+    """Functional, with whole ops where the converter has them; recurrent layers, which its front end for exported
+    programs has not, are unrolled over time."""
+    import torch
+    from torch._decomp import get_decompositions
+
+    aten = torch.ops.aten
+    recurrent = [aten.gru.input, aten.lstm.input, aten.rnn_tanh.input, aten.rnn_relu.input]
+    made: ExportedProgram = program.run_decompositions(get_decompositions(recurrent))
+    return made
 
 
 def _target(name: str) -> Any:

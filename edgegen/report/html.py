@@ -112,7 +112,7 @@ def render(
 
 def verdict(manifest: Manifest, parity: Mapping[str, ParityReport]) -> Verdict:
     """One line that is true: what was not met first, then what was not executed, and only then what passed."""
-    thing = {"text-to-image": "pictures", "image-to-video": "videos"}.get(manifest.task, "outputs")
+    thing = {"single": "outputs", "image-to-video": "videos"}.get(manifest.task, "pictures")
     failed = [(name, gate) for name, report in parity.items() for gate in report.failed]
     if failed:
         count = "1 gate was not met" if len(failed) == 1 else f"{len(failed)} gates were not met"
@@ -221,7 +221,7 @@ def _tiles(manifest: Manifest, parity: Mapping[str, ParityReport], profile: Mapp
         step, name = max(moves, key=lambda found: _deviation(found[0]))
         off = _deviation(step)
         text = f"{off:.2%} off" if math.isfinite(off) else "not finite"
-        what = "Picture" if manifest.task == "image-to-video" else "Prompt"
+        what = "Prompt" if manifest.task == "text-to-image" else "Picture"
         tiles.append(Tile(f"{what} sensitivity", text, f"worst step, {name}"))
     drawn = [(one.picture.median_ms, one) for one in profile.values() if one.picture is not None]
     if drawn:

@@ -18,6 +18,12 @@ from edgegen.students.networks.mobile_dit import MobileDiT, MobileDiTConfig
 from edgegen.students.networks.separable_decoder import SeparableDecoder, SeparableDecoderConfig
 from edgegen.students.networks.snapgen_unet import SnapGenUNet, SnapGenUNetConfig
 from edgegen.students.networks.snapgenpp_dit import SnapGenPlusConfig, SnapGenPlusDiT
+from edgegen.students.networks.super_resolution import (
+    PictureFeatures,
+    PictureFeaturesConfig,
+    SuperResolutionUNet,
+    SuperResolutionUNetConfig,
+)
 from edgegen.students.networks.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from edgegen.students.networks.transformers_text import TransformersText, TransformersTextConfig
 from edgegen.students.networks.unet import UNet, UNetConfig
@@ -33,6 +39,8 @@ ARCHITECTURES: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "diffusers_unet": (DiffusersUNetConfig, DiffusersUNet),
     "transformers_text": (TransformersTextConfig, TransformersText),
     "z_image": (ZImageConfig, ZImage),
+    "picture_features": (PictureFeaturesConfig, PictureFeatures),
+    "super_resolution_unet": (SuperResolutionUNetConfig, SuperResolutionUNet),
     "unet": (UNetConfig, UNet),
     "separable_decoder": (SeparableDecoderConfig, SeparableDecoder),
     "snapgen_unet": (SnapGenUNetConfig, SnapGenUNet),

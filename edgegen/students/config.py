@@ -47,12 +47,13 @@ class LatentConfig(BaseModel):
 
 TASKS = {
     "text-to-image": ("text_encoder", "denoiser", "decoder"),
+    "image-to-image": ("image_encoder", "denoiser", "decoder"),
     "image-to-video": ("image_encoder", "denoiser", "decoder"),
     "single": ("model",),
 }
 """Task -> its components, in the order in which they run."""
 
-Task = Literal["text-to-image", "image-to-video", "single"]
+Task = Literal["text-to-image", "image-to-image", "image-to-video", "single"]
 
 
 class StudentConfig(BaseModel):
@@ -61,8 +62,9 @@ class StudentConfig(BaseModel):
     A task that draws has a conditioning component, which runs once, a denoiser, a decoder, a sampler and a latent. The
     denoiser is given by name what it asks for: `latent`, `timestep` [1], outputs of the conditioning component, and
     scalars [1] that `conditions` names with their defaults. text-to-image conditions on text (`text_encoder` takes
-    `input_ids` [1, L] int32 and needs a tokenizer), image-to-video on a picture (`image_encoder` takes `image`
-    [1, 3, H, W] in -1..1). single is one component named `model` and nothing else.
+    `input_ids` [1, L] int32 and needs a tokenizer), image-to-image and image-to-video on a picture (`image_encoder`
+    takes `image` [1, 3, h, w] in -1..1; what comes out may be larger). single is one component named `model` and
+    nothing else.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,20 +50,29 @@ def with_inputs(student: Student, arrays: Arrays, name: str) -> Student:
             f"student `{student.config.name}` makes its own inputs from prompts", hint="leave `--inputs` out"
         )
     (part,) = student.components.values()
-    wanted = [spec.name for spec in part.inputs]
-    if sorted(arrays) != sorted(wanted):
-        raise UsageError(f"`{name}` holds {_listed(arrays)}, and the student takes {_listed(wanted)}", hint=SAVE_HINT)
-    several = {spec.name: _samples(arrays[spec.name], spec, name) for spec in part.inputs}
-    counts = {len(value) for value in several.values()}
-    if len(counts) != 1 or not 1 <= max(counts) <= MAX_SAMPLES:
-        raise UsageError(f"`{name}` holds {sorted(counts)} samples of its inputs, not one number in 1..{MAX_SAMPLES}")
+    several = stacked(part.inputs, arrays, name)
     import torch
 
     examples = tuple(
         tuple(torch.from_numpy(several[spec.name][index].copy()) for spec in part.inputs)
-        for index in range(max(counts))
+        for index in range(len(next(iter(several.values()))))
     )
     return replace(student, components={part.name: replace(part, examples=examples)})
+
+
+def stacked(specs: Sequence[TensorSpec], arrays: Arrays, name: str) -> dict[str, NDArray[Any]]:
+    """`arrays` of the file `name` as an input [N, *shape] for each of `specs`, in its dtype; the same N for all.
+
+    UsageError for names, shapes and dtypes that do not fit, and for NaN.
+    """
+    wanted = [spec.name for spec in specs]
+    if sorted(arrays) != sorted(wanted):
+        raise UsageError(f"`{name}` holds {_listed(arrays)}, and the student takes {_listed(wanted)}", hint=SAVE_HINT)
+    several = {spec.name: _samples(arrays[spec.name], spec, name) for spec in specs}
+    counts = {len(value) for value in several.values()}
+    if len(counts) != 1 or not 1 <= max(counts) <= MAX_SAMPLES:
+        raise UsageError(f"`{name}` holds {sorted(counts)} samples of its inputs, not one number in 1..{MAX_SAMPLES}")
+    return several
 
 
 def _samples(array: NDArray[Any], spec: TensorSpec, name: str) -> NDArray[Any]:

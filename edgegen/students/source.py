@@ -60,7 +60,7 @@ class Source:
 
 
 UNAVAILABLE = (
-    "no prompts and no tokenizer: `edgegen run` draws nothing, an app calls the network by the names of its inputs",
+    "no prompts and no tokenizer: an app and `edgegen run --inputs FILE.npz` call the network by its inputs' names",
     "no sampler: one call is one result, and `--steps` has nothing to choose",
     "no trajectory: calibration and verification use {inputs}",
     "the gates on the picture and on conditioning fall away: SQNR of every output is what is asked for",

@@ -1,9 +1,9 @@
 """A tokenizer for students whose vocabulary nobody may ship here: CLIP's, without its merges.
 
 It has CLIP's special ids (start 49406, end and padding 49407) and CLIP's ids of single bytes (0..255 inside a word,
-256..511 at its end). It cuts text into bytes where CLIP's cuts it into pieces of words: pictures of a trained student
-drawn with it do not follow the prompt. Encoders with a smaller table or another padding (T5, Gemma, Qwen) get the same
-with ids that their table has.
+256..511 at its end; one higher where 0 is the padding, as with SD 2's tokenizer). It cuts text into bytes where CLIP's
+cuts it into pieces of words: pictures of a trained student drawn with it do not follow the prompt. Encoders with a
+smaller table or another padding (T5, Gemma, Qwen) get the same with ids that their table has.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ NOTE = (
 _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
-def stand_in_for(config: ComponentConfig) -> str:
-    """The stand-in for a text encoder, with ids that its config's `vocab_size` and `pad_token_id` allow."""
+def stand_in_for(config: ComponentConfig, padding: int | None = None) -> str:
+    """The stand-in for a text encoder, with ids that its config's `vocab_size` and `pad_token_id` allow; `padding` is
+    the id that stands for none where the config names none."""
     sizes = list(_values(config.config, "vocab_size"))
-    padding = config.config.get("pad_token_id")
+    padding = config.config.get("pad_token_id", padding)
     return stand_in_tokenizer(config.inputs[0].shape[-1], min(sizes, default=END_ID + 1), padding)
 
 

@@ -37,6 +37,14 @@ log = logging.getLogger(__name__)
 TO_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TO_INT32 = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8, torch.bool)
 NAMED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+ONE_SAMPLE_HINT = (
+    "without `example_inputs` of the module, an array of `--inputs` is one input as `forward` takes it; for several "
+    "samples give the module `example_inputs`"
+)
+CAPTURE_HINT = (
+    "one graph must serve all inputs: write a branch on values with `torch.where`, and take numbers from shapes, not "
+    "from tensors"
+)
 INPUTS_HINT = "say what it takes: `--inputs FILE.npz`, an array for each input by its name in `forward`"
 
 
@@ -104,11 +112,13 @@ def _call(name: str, config: Mapping[str, Any] | None) -> Any:
     return _guarded(name, "call", lambda: factory() if config is None else factory(config))
 
 
-def _guarded(name: str, what: str, call: Callable[[], Any]) -> Any:
+def _guarded(name: str, what: str, call: Callable[[], Any], hint: str | None = None) -> Any:
     try:
         return call()
     except Exception as error:
-        raise _raised(name, what, error) from error
+        raised = _raised(name, what, error)
+        raised.hint = hint
+        raise raised from error
 
 
 def _raised(name: str, what: str, error: Exception) -> EdgegenError:
@@ -132,7 +142,7 @@ def _single(name: str, module: nn.Module, weights: Path | None, inputs: Arrays |
         tensor = array if isinstance(array, Tensor) else torch.from_numpy(np.array(array))
         example[key] = tensor
     _guarded(name, "example_inputs", lambda: [_bounded(value, f"input `{key}`") for key, value in example.items()])
-    part = _captured("model", name, module, example, None)
+    part = _captured("model", name, module, example, None, None if own is not None else ONE_SAMPLE_HINT)
     shown = student_name(weights.stem if weights is not None else name.rpartition(":")[2])
     config = StudentConfig(name=shown, task="single", components={"model": _described(part)})
     return Student(config, {"model": part})
@@ -198,7 +208,12 @@ def _fill(name: str, module: nn.Module, state: Mapping[str, object], where: str)
 
 
 def _captured(
-    component: str, name: str, module: nn.Module, example: Mapping[str, Tensor], outputs: Sequence[str] | None
+    component: str,
+    name: str,
+    module: nn.Module,
+    example: Mapping[str, Tensor],
+    outputs: Sequence[str] | None,
+    hint: str | None = None,
 ) -> Component:
     module = _guarded(name, "eval", lambda: module.float().eval().requires_grad_(False))
     wrapped = _Bounded(module, {key: value.dtype for key, value in example.items()}, outputs)
@@ -206,8 +221,8 @@ def _captured(
         key: value.to(torch.int32 if value.dtype in TO_INT32 else torch.float32) for key, value in example.items()
     }
     with torch.no_grad():
-        made = _guarded(name, "forward", lambda: wrapped(*stated.values()))
-        program = _guarded(name, "capture", lambda: torch.export.export(wrapped, tuple(stated.values())))
+        made = _guarded(name, "forward", lambda: wrapped(*stated.values()), hint)
+        program = _guarded(name, "capture", lambda: torch.export.export(wrapped, tuple(stated.values())), CAPTURE_HINT)
     named = zip(wrapped.names or [], made, strict=True)
     part = Component(
         component,

@@ -39,6 +39,9 @@ class Family:
     """Papers and public configurations."""
     readings: tuple[str, ...] = ()
     """Details that no source states and that are our choice."""
+    padding: int | None = None
+    """Id that the tokenizer of the published student fills up with, where it is not CLIP's end and the text encoder's
+    configuration does not say."""
     from_upstream: Callable[[Mapping[str, Tensor]], State] | None = None
     """State dict with the names that its authors publish -> ours, by component."""
 
@@ -100,13 +103,13 @@ def new(name: str, size: str = "full", seed: int = 0, tokenizer_json: str | None
     from edgegen.students.stand_in_tokenizer import NOTE, stand_in_for
     from edgegen.students.student import Component, Student
 
-    config = config_of(name, size)
+    chosen, config = family(name), config_of(name, size)
     check_flow(config, name)
     notes = [f"weights are random, from seed {seed}: nothing was trained"]
     if "text_encoder" in config.components:
         length = config.components["text_encoder"].inputs[0].shape[-1]
         if tokenizer_json is None:
-            tokenizer_json = stand_in_for(config.components["text_encoder"])
+            tokenizer_json = stand_in_for(config.components["text_encoder"], chosen.padding)
             notes.append(NOTE)
         check_tokenizer(tokenizer_json, name, length)
     elif tokenizer_json is not None:

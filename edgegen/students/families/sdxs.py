@@ -164,8 +164,8 @@ SDXS_512_09 = Family(
     readings=(
         "the first level's self-attention reads the text: the model card says so and a published fp16 file of the "
         "UNet, 656 MB, has this count of parameters (328.2 M); with self-attention there it would be 326.8 M",
-        "the tokenizer of SD 2.1 pads with id 0: a `tokenizer.json` of the checkpoint does, the stand-in does not",
     ),
+    padding=0,
     from_upstream=from_folder,
 )
 SDXS_1024 = Family(

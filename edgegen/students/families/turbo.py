@@ -102,6 +102,7 @@ SD_TURBO = Family(
     summary="SD-Turbo: Stable Diffusion 2.1's UNet in 1 to 4 steps; 512x512",
     sizes={"full": lambda: sd_turbo("full"), "tiny": lambda: sd_turbo("tiny")},
     sources=(PAPER, "UNet, text encoder and autoencoder: stable-diffusion-2-1's config.json files"),
+    padding=0,
 )
 SDXL_TURBO = Family(
     name="sdxl-turbo",

@@ -33,6 +33,8 @@ KL_FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "latents_std": (None, (None,)),
 }
 
+VQ_FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {"norm_type": ("group", ("group",))}
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -46,22 +48,22 @@ class Decoder:
     """Side of the picture that the autoencoder names as its own."""
 
 
-def decoder(folder: Path, class_name: str) -> Decoder:
-    """The decoder of `vae`, an autoencoder of class AutoencoderTiny, AutoencoderKL or AutoencoderDC."""
-    name = "vae/config.json"
-    config = config_of(folder, "vae")
+def decoder(folder: Path, class_name: str, place: str = "vae") -> Decoder:
+    """The decoder in `place`, an autoencoder of class AutoencoderTiny, AutoencoderKL, AutoencoderDC or VQModel."""
+    name = f"{place}/config.json"
+    config = config_of(folder, place)
     scaling, shift = number(config, "scaling_factor", 1.0, name), number(config, "shift_factor", 0.0, name)
     if scaling == 0:
         raise EdgegenError(f"`scaling_factor` in `{name}` is 0", hint=SAVE_HINT)
-    kept = ("decoder.", "post_quant_conv.")
-    state = weights(folder, "vae", STEM, lambda key: key.startswith(kept))
+    kept = ("decoder.", "post_quant_conv.", "quantize.")
+    state = weights(folder, place, STEM, lambda key: key.startswith(kept))
     require_depth(config, max(len(state), 8), name)
     if class_name == "AutoencoderTiny":
         levels = len(sizes(config, "num_decoder_blocks", [3, 3, 3, 1], name))
     elif class_name == "AutoencoderDC":
         levels = len(sizes(config, "decoder_block_out_channels", [128, 256, 512, 512, 1024, 1024], name))
     else:
-        require(config, KL_FIXED, name)
+        require(config, VQ_FIXED if class_name == "VQModel" else KL_FIXED, name)
         levels = len(sizes(config, "block_out_channels", [64], name))
     part = _tiny(config, state, name) if class_name == "AutoencoderTiny" else None
     if part is None:

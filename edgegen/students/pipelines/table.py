@@ -83,8 +83,9 @@ _PIXART = {
     "vae": ANY_VAE,
 }
 _NO_T5 = (
-    "load it with `from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`, as Stable Diffusion 3 allows, and "
-    "save that"
+    "Stable Diffusion 3 also draws without it, less exactly where a prompt is long: write `[null, null]` "
+    "for `text_encoder_3` and `tokenizer_3` in model_index.json, as `from_pretrained(folder, text_encoder_3=None, "
+    "tokenizer_3=None)` does"
 )
 
 PIPELINES: dict[str, Pipeline] = {
