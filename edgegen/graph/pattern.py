@@ -30,6 +30,7 @@ class Op:
     """A call of `target` (or of one of several) with arguments that match; trailing arguments may be left out.
 
     `name` binds the call itself. Arguments that the pattern does not mention are free: a rule's check looks at them.
+    `keywords` are keyword arguments that the call must have, with these values.
     """
 
     targets: tuple[Any, ...]
@@ -37,15 +38,23 @@ class Op:
     name: str | None
     commutative: bool
     shared: bool
+    keywords: tuple[tuple[str, Any], ...]
 
     def __init__(
-        self, target: Any, *args: Any, name: str | None = None, commutative: bool = False, shared: bool = False
+        self,
+        target: Any,
+        *args: Any,
+        name: str | None = None,
+        commutative: bool = False,
+        shared: bool = False,
+        **keywords: Any,
     ) -> None:
         object.__setattr__(self, "targets", target if isinstance(target, tuple) else (target,))
         object.__setattr__(self, "args", args)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "commutative", commutative)
         object.__setattr__(self, "shared", shared)
+        object.__setattr__(self, "keywords", tuple(keywords.items()))
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ def _matches(pattern: Any, value: Any, so_far: _Found) -> Iterator[_Found]:
         return
     if not isinstance(value, Node) or value.op != "call_function" or value.target not in pattern.targets:
         return
-    if len(value.args) < len(pattern.args):
+    if len(value.args) < len(pattern.args) or any(value.kwargs.get(key) != one for key, one in pattern.keywords):
         return
     named = {pattern.name: value} if pattern.name else {}
     start = _Found({**so_far.values, **named}, {**so_far.calls, value: pattern.shared})

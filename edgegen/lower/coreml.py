@@ -8,6 +8,7 @@ a float16 step is half a radian, so sines and cosines of such an angle are noise
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +44,7 @@ from edgegen.lower.signature import check_signature, reason
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+    from torch.fx import Graph, Node
 
 TARGETS = ("iOS16", "iOS17", "iOS18", "iOS26")
 DEFAULT_TARGET = "iOS17"
@@ -236,7 +238,33 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
     aten = torch.ops.aten
     recurrent = [aten.gru.input, aten.lstm.input, aten.rnn_tanh.input, aten.rnn_relu.input]
     made: ExportedProgram = program.run_decompositions(get_decompositions(recurrent))
+    _write_out_tanh_gelus(made.graph)
     return made
+
+
+def _write_out_tanh_gelus(graph: Graph) -> None:
+    """The converter's front end does not read keywords and takes every GELU for the one by erf; written out as its own
+    fusion knows it, the one by tanh arrives as one operation of that mode."""
+    import torch
+
+    aten = torch.ops.aten
+    for gelu in list(graph.nodes):
+        if gelu.target is not aten.gelu.default or gelu.kwargs.get("approximate", "none") != "tanh":
+            continue
+
+        def call(target: Any, *args: Any, like: Node = gelu) -> Node:
+            node = graph.call_function(target, args)
+            node.meta = dict(like.meta)
+            return node
+
+        (x,) = gelu.args
+        with graph.inserting_before(gelu):
+            cubic = call(aten.mul.Tensor, call(aten.pow.Tensor_Scalar, x, 3.0), 0.044715)
+            argument = call(aten.mul.Tensor, call(aten.add.Tensor, x, cubic), math.sqrt(2 / math.pi))
+            gate = call(aten.add.Tensor, call(aten.tanh.default, argument), 1.0)
+            half = call(aten.mul.Tensor, gate, 0.5)
+        # The node itself stays: the program's signature may know it by its name.
+        gelu.target, gelu.args, gelu.kwargs = aten.mul.Tensor, (x, half), {}
 
 
 def _target(name: str) -> Any:

@@ -27,6 +27,7 @@ class ActivationForm(RulePass):
                                                                                      ->  aten.gelu(%x)
                        and its tanh form, with 0.044715, likewise                    ->  aten.gelu(%x, "tanh")
         gelu="split":  aten.gelu(%x)  ->  0.5 x (1 + erf(x / sqrt(2))); of the tanh form likewise
+        gelu="split-tanh":  the tanh form alone, for a runtime that has one GELU and takes either for it
 
     These are the same function, rounded elsewhere. x * sigmoid(1.702 x), CLIP's own, and hard-swish are functions of
     their own and stay.
@@ -37,7 +38,7 @@ class ActivationForm(RulePass):
     """
 
     silu: Literal["keep", "whole", "split"] = "whole"
-    gelu: Literal["keep", "whole", "split"] = "whole"
+    gelu: Literal["keep", "whole", "split", "split-tanh"] = "whole"
 
     name: ClassVar[str] = "activation-form"
     tolerance: ClassVar[float] = 1e-5
@@ -51,6 +52,8 @@ class ActivationForm(RulePass):
             found.append(Op(aten.mul.Tensor, x, Op(aten.sigmoid.default, x), commutative=True, shared=True))
         if self.gelu == "split":
             found.append(Op(aten.gelu.default, x, shared=True))
+        if self.gelu == "split-tanh":
+            found.append(Op(aten.gelu.default, x, shared=True, approximate="tanh"))
         if self.gelu == "whole":
             found += _written_out(x)
         return tuple(found)

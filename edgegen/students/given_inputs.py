@@ -92,7 +92,9 @@ def _samples(array: NDArray[Any], spec: TensorSpec, name: str) -> NDArray[Any]:
         raise UsageError(f"`{spec.name}` in `{name}` holds numbers that int32 has not")
     made = array.astype(spec.dtype)
     if not np.isfinite(made).all():
-        raise UsageError(f"`{spec.name}` in `{name}` holds NaN, infinity or numbers that float32 has not")
+        raise UsageError(
+            f"`{spec.name}` in `{name}` holds NaN, infinity or numbers that float32 has not", hint=SAVE_HINT
+        )
     return made
 
 

@@ -48,6 +48,12 @@ def test_a_gelu_is_written_out(check_pass, kind):
     check_pass(ActivationForm(), result.program, X, after={"aten.gelu": 1, "aten.mul": 0})
 
 
+def test_the_tanh_form_alone_is_written_out(check_pass):
+    both = Wrap(lambda x: F.gelu(x, approximate="tanh") + F.gelu(x))
+    result = check_pass(ActivationForm(silu="keep", gelu="split-tanh"), both, X, after={"aten.gelu": 1, "aten.tanh": 1})
+    assert not result.declined
+
+
 @pytest.mark.parametrize("function", [lambda x: x * torch.sigmoid(x), lambda x: x.sigmoid() * x])
 def test_silu_both_ways(check_pass, function):
     whole = check_pass(ActivationForm(), Wrap(function), X, after={"aten.silu": 1, "aten.mul": 0})
