@@ -202,6 +202,10 @@ def page(results: Results) -> str:
                 if one.outcome != "SUCCESS"
             ]
         lines += ["", *notes, *([""] if notes else [])]
+    absent = {name: [one for one in TARGETS if not results.has(name, one)] for name in known}
+    if any(absent.values()):
+        lines += ["## Not run", "", "Nothing is claimed for these.", ""]
+        lines += [f"- {name}: {', '.join(where)}" for name, where in absent.items() if where] + [""]
     lines += ["## Sizes and sources", "", "| family | size | parameters, M | by component |", "|---|---|---|---|"]
     for one in known.values():
         lines += _sizes(one)
