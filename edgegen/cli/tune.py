@@ -83,7 +83,7 @@ def _precisions(_: click.Context, __: click.Parameter, value: str | None) -> tup
 @click.option("--max-size", callback=_share, metavar="SHARE", help="Of the fp32 weights: `30%`.")
 @click.option("--depth/--no-depth", default=True, show_default=True, help="Whole blocks may be passed by.")
 @click.option("--steps", type=click.IntRange(min=1), help="Sampling steps of the pictures that are judged.")
-@click.option("--samples", type=click.IntRange(min=2), default=4, show_default=True, help="How many pictures.")
+@click.option("--samples", type=click.IntRange(min=2), default=12, show_default=True, help="How many pictures.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, through joblib.")
 @click.option(
     "--parallel",

@@ -47,12 +47,13 @@ Losses = Mapping[tuple[str, str], Priced]
 @dataclass(frozen=True)
 class Options:
     """`shares`: of a space that its levels keep. `depth`: whether blocks may be passed by. `samples`: pictures that
-    losses are measured on, of `steps` steps (None: the student's default). `jobs`: processes."""
+    losses are measured on, of `steps` steps (None: the student's default); with 2 or 4 of `shapes`, what is chosen is
+    right for those and wrong for others. `jobs`: processes."""
 
     components: tuple[str, ...] = PRUNED
     shares: tuple[float, ...] = SHARES
     depth: bool = True
-    samples: int = 4
+    samples: int = 12
     steps: int | None = None
     jobs: int = 1
 

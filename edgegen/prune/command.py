@@ -166,7 +166,7 @@ def prune(
     psnr = None
     if probe.steps:
         progress.stage("draw with what is left", 1)
-        loss = Trial.of(student, options.steps, options.samples).loss(made)
+        loss = Trial.of(student, options.steps, options.samples, unseen=True).loss(made)
         psnr = round(-10 * math.log10(max(loss, 1e-15)), 2)
         progress.advance()
     return Made(made, prunings, parts, _frozen(found), latency, source, psnr, correlation)

@@ -21,6 +21,8 @@ from edgegen.students.student import Student
 
 SAMPLES = 8
 SEED = 2000
+UNSEEN = 500
+"""Seeds of unseen pictures come so much later."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,11 @@ class Trial:
     steps: int
 
     @classmethod
-    def of(cls, student: Student, steps: int | None = None, samples: int = SAMPLES, seed: int = SEED) -> Trial:
-        """On the calibration prompts, evenly over them; UsageError for a student that draws nothing."""
+    def of(
+        cls, student: Student, steps: int | None = None, samples: int = SAMPLES, seed: int = SEED, unseen: bool = False
+    ) -> Trial:
+        """On the calibration prompts, evenly over them; `unseen`: on those half-way between, from other noise, to judge
+        what was chosen on the first. UsageError for a student that draws nothing."""
         sampler = student.config.sampler
         if sampler is None:
             raise UsageError(
@@ -42,7 +47,9 @@ class Trial:
                 hint="give a text-to-image or image-to-video student",
             )
         prompts = prompts_for(student)
-        chosen = [prompts[i * len(prompts) // samples] for i in range(min(samples, len(prompts)))]
+        places = [(2 * i + unseen) * len(prompts) // (2 * samples) for i in range(min(samples, len(prompts)))]
+        chosen = [prompts[place] for place in places]
+        seed += UNSEEN if unseen else 0
         count = steps or sampler.default_steps
         sampler_table(student, count)
         return cls(student, student.given(chosen), tuple(range(seed, seed + len(chosen))), count)

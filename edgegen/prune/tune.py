@@ -1,8 +1,8 @@
 """What `edgegen tune` does: walk the front of latency and quality, and keep the best few points as recipes.
 
 Every point is one choice of widths, blocks and precisions together. Points are chosen by estimates and then measured:
-what is left is drawn with, in float and without healing. Points are measured in processes of joblib, or wherever the
-joblib backend that is active takes them.
+what is left is drawn with, in float and without healing, on prompts that nothing was chosen on. Points are measured in
+processes of joblib, or wherever the joblib backend that is active takes them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class TuneOptions:
     precisions: tuple[str, ...] | None = None
     depth: bool = True
     steps: int | None = None
-    samples: int = 4
+    samples: int = 12
     prompts: int = 60
     jobs: int = 1
 
@@ -122,7 +122,7 @@ def tune(
     known = None
     if options.precisions != ():
         known = priced(student, target, backends, options.precisions, cache, progress)
-    probe = Probe.of(student, max(2, options.samples), options.steps)
+    probe = Probe.of(student, min(8, options.samples), options.steps)
     scores: dict[str, dict[str, Sequence[float]]] = {}
 
     def rank(part: Component, found: Spaces) -> dict[str, Sequence[float]]:
@@ -182,9 +182,10 @@ def _measured(
     made: Assembled, choices: Sequence[Choice], whole: Any, options: TuneOptions, progress: Progress
 ) -> list[Measured]:
     progress.stage("measure the points of the front", 1)
-    _ = made.trial.pictures, made.trial.conditioning  # once, before they go to other processes
+    unseen = Trial.of(made.student, options.steps, options.samples, unseen=True)
+    _ = unseen.pictures, unseen.conditioning  # once, before they go to other processes
     prompts = options.prompts if made.student.config.name == "shapes" else 0
-    jobs = [(made.trial, made.prunings(choice), prompts) for choice in choices]
+    jobs = [(unseen, made.prunings(choice), prompts) for choice in choices]
     found = Parallel(n_jobs=options.jobs)(delayed(drawn)(*one) for one in jobs)
     progress.advance()
     points = []
