@@ -143,6 +143,34 @@ def _family_text(one: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@command.command("level")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("name", required=False)
+@click.option(
+    "--output", "-o", "destination", type=click.Path(path_type=Path), default=Path("model.pt"), show_default=True
+)
+@source_options
+@reporting
+def level_command(source: Path, name: str | None, destination: Path, output: Output, **options: Any) -> None:
+    """Take the size NAME out of SOURCE, a checkpoint that holds several nested ones; without NAME, list them."""
+    from edgegen.prune.elastic import at_level
+    from edgegen.students.checkpoint import save_pt
+    from edgegen.students.source import Source
+
+    student = Source.of(options).open(source)
+    if name is None:
+        names = list(student.config.levels)
+        sizes = {one: sum(_parameters(at_level(student, one)).values()) for one in names}
+        shown = "\n".join(f"{one:16} {count:,} parameters" for one, count in sizes.items())
+        output.report({"levels": sizes}, shown or f"`{student.config.name}` has one size")
+        return
+    made = at_level(student, name)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    save_pt(made, destination)
+    data = {"path": str(destination), "level": name, "parameters": _parameters(made), "sha256": made.fingerprint}
+    output.report(data, str(destination))
+
+
 @command.command("eval")
 @click.argument("subject", type=click.Path(path_type=Path), required=False)
 @click.option("--steps", type=click.IntRange(min=1), help="Default: the student's own.")

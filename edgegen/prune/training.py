@@ -186,9 +186,9 @@ class Training:
             return
         held = {f"lessons/{name}": value for name, value in self.lessons.state().items()}
         for name, one in parameters.items():
-            moments = optimiser.state[one]
             held |= {f"now/{name}": one.detach(), f"average/{name}": average[name]}
-            held |= {f"mean/{name}": moments["exp_avg"], f"square/{name}": moments["exp_avg_sq"]}
+            # A weight that nothing reads any more, as of a norm before a removed block, has no moments.
+            held |= {f"{key}/{name}": value for key, value in optimiser.state.get(one, {}).items()}
         beside = self.state.with_suffix(".tmp")
         about = {"course": self.course.model_dump_json(), "steps": json.dumps(self.steps)}
         save_file({name: value.contiguous().cpu() for name, value in held.items()}, beside, about)
@@ -205,18 +205,22 @@ class Training:
         try:
             with safe_open(self.state, "pt") as held:
                 self.course = Course.model_validate_json(held.metadata()["course"])
+                names = set(held.keys())
                 with torch.no_grad():
                     for name, one in parameters.items():
                         one.copy_(held.get_tensor(f"now/{name}"))
                         average[name].copy_(held.get_tensor(f"average/{name}"))
-                        optimiser.state[one] = {
-                            "step": torch.tensor(float(self.course.step)),
+                        if f"step/{name}" in names:
                             # In the layout of the weight: the sums of the next step then go the same way.
-                            "exp_avg": torch.empty_like(one).copy_(held.get_tensor(f"mean/{name}")),
-                            "exp_avg_sq": torch.empty_like(one).copy_(held.get_tensor(f"square/{name}")),
-                        }
+                            optimiser.state[one] = {
+                                "step": held.get_tensor(f"step/{name}"),
+                                **{
+                                    key: torch.empty_like(one).copy_(held.get_tensor(f"{key}/{name}"))
+                                    for key in ("exp_avg", "exp_avg_sq")
+                                },
+                            }
                 prefix = "lessons/"
-                mine = [name for name in held.keys() if name.startswith(prefix)]  # noqa: SIM118 - no mapping
+                mine = [name for name in names if name.startswith(prefix)]
                 self.lessons.restore({name.removeprefix(prefix): held.get_tensor(name) for name in mine})
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise EdgegenError(

@@ -1,12 +1,15 @@
 """Several sizes in one checkpoint: slices, nesting, training, taking one out."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from edgegen.cache import Cache
+from edgegen.cli.student import level_command
 from edgegen.errors import EdgegenError, UsageError
 from edgegen.prune.apply import pruned
 from edgegen.prune.elastic import Slice, at_level, check_nested, heal_levels, nested
@@ -86,8 +89,11 @@ def test_levels_are_trained_saved_and_taken_out(tiny, tmp_path):
     assert small.config.components["decoder"].pruning == LEVELS["small"]["decoder"]
     assert error(small) < 0.8 * error(pruned(tiny, LEVELS["small"]))
     assert error(at_level(read, "medium")) < error(pruned(tiny, LEVELS["medium"]))
-    save_pt(small, path)
-    assert load(path).fingerprint == small.fingerprint
+    done = CliRunner().invoke(level_command, [str(path), "--json"])
+    assert list(json.loads(done.stdout)["levels"]) == ["large", "medium", "small"]
+    done = CliRunner().invoke(level_command, [str(path), "small", "-o", str(tmp_path / "small.pt")])
+    assert done.exit_code == 0, done.output
+    assert load(tmp_path / "small.pt").fingerprint == small.fingerprint
 
 
 def test_levels_that_are_not_there(tiny):

@@ -83,6 +83,22 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, dies_at):
         assert torch.equal(a, b)
 
 
+def test_a_weight_that_nothing_reads_is_kept_too(tmp_path):
+    module, again = network(), network()
+    for one in (module, again):
+        one.add_module("unread", nn.Linear(2, 2))
+    first = [Line(one[:3]) for one in (module, again)]
+    first[0].dies_at = 45
+    state = tmp_path / "state"
+    with pytest.raises(Killed):
+        run(module, first[0], state, judge=lambda: Judged(psnr_db=1.0))
+    course, _ = run(again, Line(again[:3]), state, judge=lambda: Judged(psnr_db=1.0))
+    assert course.step == 60
+    whole = network()
+    run(whole, Line(whole))
+    assert torch.equal(again[0].weight, whole[0].weight)
+
+
 def test_a_finished_run_is_read_and_not_run_again(tmp_path):
     module, again = network(), network()
     run(module, Line(module), tmp_path / "state")
