@@ -43,9 +43,9 @@ from edgegen.prune.assemble import Assembled, Options, assemble
 from edgegen.prune.find import spaces
 from edgegen.prune.heal import HealOptions, heal
 from edgegen.prune.importance import Probe, importance, magnitude
-from edgegen.prune.levels import keep
+from edgegen.prune.ratio import ratio_for
 from edgegen.prune.search import search
-from edgegen.prune.space import Spaces, to_pruning
+from edgegen.prune.space import Spaces
 from edgegen.students.checkpoint import save_pt
 from edgegen.students.load import load
 from edgegen.students.sample import draw_many
@@ -213,23 +213,12 @@ class Bench:
                 part = self.student.components[component]
                 found, whole = spaces(capture(part)), macs(self.student, component)
                 norms = magnitude(part, found)
-                for percent in range(100, 5, -1):
-                    cut = to_pruning(found, alike(found, norms, percent / 100))
-                    if macs(pruned(self.student, {component: cut}), component) <= share * whole:
-                        break
+                ranks = {space: each.tolist() for space, each in norms.items()}
+                cut = ratio_for(self.student, component, found, ranks, share * whole)
                 made = pruned(made, {component: cut})
             return made
 
         return self.cut(name, make)
-
-
-def alike(found: Spaces, norms: Mapping[str, Sequence[float]], ratio: float) -> dict[str, tuple[int, ...]]:
-    """Of every space, the legal number of units that is nearest to `ratio` of all."""
-    chosen = {}
-    for space in found.spaces:
-        number = min(space.counts, key=lambda one: (abs(one - ratio * space.count), one))
-        chosen[space.name] = keep(space, norms[space.name], number)
-    return chosen
 
 
 def macs(student: Student, name: str) -> float:

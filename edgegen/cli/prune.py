@@ -13,6 +13,7 @@ from edgegen.cli.student_source import source_options
 
 if TYPE_CHECKING:
     from edgegen.prune.command import Made
+    from edgegen.prune.heal import Healed
 
 SHOWN = 3
 """Names of spaces that are listed for one reason."""
@@ -81,6 +82,25 @@ def _macs(_: click.Context, __: click.Parameter, value: str | None) -> dict[str,
 @click.option("--samples", type=click.IntRange(min=2), default=8, show_default=True, help="How many pictures.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
 @click.option(
+    "--heal",
+    "heal_steps",
+    type=click.IntRange(min=1),
+    metavar="STEPS",
+    help="Distil what is left from MODEL, without data: so many steps of each network. Goes on after a kill.",
+)
+@click.option(
+    "--heal-rate", type=click.FloatRange(0, 1, min_open=True), default=1e-3, show_default=True, help="Learning rate."
+)
+@click.option("--heal-batch", type=click.IntRange(min=1), default=32, show_default=True, help="Pictures a step.")
+@click.option(
+    "--min-psnr", type=click.FloatRange(0, 150), help="Healing ends when pictures come so near to MODEL's, in dB."
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 1),
+    help="Healing ends when so few more prompts are drawn wrong, as `0.01`; of the `shapes` student alone.",
+)
+@click.option(
     "--output", "-o", "destination", type=click.Path(path_type=Path), default=Path("pruned.pt"), show_default=True
 )
 @source_options
@@ -91,6 +111,11 @@ def command(
     backends: tuple[str, ...] | None,
     components: tuple[str, ...] | None,
     max_latency: dict[str, Any],
+    heal_steps: int | None,
+    heal_rate: float,
+    heal_batch: int,
+    min_psnr: float | None,
+    max_drop: float | None,
     destination: Path,
     output: Output,
     lora: tuple[str, ...],
@@ -102,11 +127,14 @@ def command(
     """Make MODEL smaller for a device: whole channels, heads, feed-forward units and blocks come out.
 
     What is left is a dense student like any other: `edgegen build`, `plan` and `student eval` take it. Importance is
-    what a unit does to the final picture, on the student's own trajectory.
+    what a unit does to the final picture, on the student's own trajectory. With --heal, what is left then learns to
+    answer as MODEL does, from noise and prompts alone.
     """
     from edgegen.build.recipe import chosen_backends
     from edgegen.cache import Cache
+    from edgegen.errors import UsageError
     from edgegen.prune.command import PruneOptions, prune
+    from edgegen.prune.heal import HealOptions, heal, require_drawing
     from edgegen.students.checkpoint import save_pt
     from edgegen.students.source import Source
     from edgegen.targets import load_target
@@ -115,15 +143,40 @@ def command(
     names = chosen_backends(device, backends)
     student = Source(lora, arch, arch_config, inputs).open(model)
     options = PruneOptions(components=components or (), **asked, **max_latency)
+    if heal_steps is None and (min_psnr is not None or max_drop is not None):
+        raise UsageError("`--min-psnr` and `--max-drop` say when healing may end", hint="add `--heal 2000`")
+    if heal_steps is not None:
+        require_drawing(student)
+    healed = None
     with output.progress() as progress:
         made = prune(student, device, names, options, Cache(None), progress)
+        smaller = made.student
+        if heal_steps is not None:
+            how = HealOptions(heal_steps, heal_batch, heal_rate, max_drop=max_drop, min_psnr=min_psnr)
+            healed = heal(student, smaller, how, Cache(None), progress)
+            smaller = healed.student
         destination.parent.mkdir(parents=True, exist_ok=True)
-        save_pt(made.student, destination)
-    data = {"path": str(destination), "sha256": made.student.fingerprint, **made.summary()}
-    output.report(data, lambda: clean(text(made, destination)))
+        save_pt(smaller, destination)
+    data = {"path": str(destination), "sha256": smaller.fingerprint, **made.summary()}
+    if healed is not None:
+        data["healing"] = healed.summary()
+    output.report(data, lambda: clean("\n".join([text(made), *_healing(healed), "", str(destination)])))
 
 
-def text(made: Made, path: Path) -> str:
+def _healing(healed: Healed | None) -> list[str]:
+    if healed is None:
+        return []
+    lines = ["", "  healing, on prompts that nothing was learned from"]
+    lines += [
+        f"    {one.component}, {one.phase}: {one.course.step} steps, {one.course.seconds:.0f} s"
+        + (f"; {one.course.ended}" if one.course.ended else "")
+        for one in healed.lessons
+    ]
+    whole = "" if healed.teacher_alignment is None else f" (unpruned: alignment {healed.teacher_alignment:.3f})"
+    return [*lines, f"    before: {healed.before.said()}", f"    after:  {healed.after.said()}{whole}"]
+
+
+def text(made: Made) -> str:
     """A table for people."""
     lines = [f"  {'':<14}{'parameters':>24}{'MACs':>32}{'units':>16}"]
     for one in made.parts:
@@ -151,4 +204,4 @@ def text(made: Made, path: Path) -> str:
         for why, spaces in reasons.items():
             more = f" and {len(spaces) - SHOWN} more" if len(spaces) > SHOWN else ""
             lines.append(f"    {', '.join(spaces[:SHOWN])}{more}: {why}")
-    return "\n".join([*lines, "", str(path)])
+    return "\n".join(lines)

@@ -114,6 +114,25 @@ class Healed:
     after: Judged
     teacher_alignment: float | None
 
+    def summary(self) -> dict[str, object]:
+        """As plain data."""
+        return {
+            "before": self.before.model_dump(),
+            "after": self.after.model_dump(),
+            "alignment_unpruned": self.teacher_alignment,
+            "courses": [
+                {
+                    "component": one.component,
+                    "phase": one.phase,
+                    "steps": one.course.step,
+                    "loss": one.course.loss,
+                    "seconds": one.course.seconds,
+                    "ended": one.course.ended,
+                }
+                for one in self.lessons
+            ],
+        }
+
 
 def heal(teacher: Student, pruned: Student, options: HealOptions, cache: Cache, progress: Progress) -> Healed:
     """`pruned` with trained weights; `teacher` is what it was cut out of.

@@ -224,3 +224,30 @@ def test_killed_and_gone_on(tiny, cut, tmp_path):
     assert time.monotonic() - started < 300
     assert whole.splitlines()[-1].startswith("made ")
     assert again.splitlines()[-1] == whole.splitlines()[-1]
+
+
+def test_the_command_heals(tiny, tmp_path):
+    import json
+
+    from click.testing import CliRunner
+
+    from edgegen.cli.prune import command
+    from edgegen.students.checkpoint import save_pt
+    from edgegen.students.load import load
+
+    model, made = tmp_path / "model.pt", tmp_path / "made.pt"
+    save_pt(tiny, model)
+    call = [str(model), "--target", "linux-x86", "--ratio", "0.25", "--samples", "2", "-o", str(made), "--json"]
+    env = {"EDGEGEN_CACHE_DIR": str(tmp_path / "cache")}
+    done = CliRunner().invoke(command, [*call, "--heal", "3", "--heal-batch", "2"], env=env)
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)["healing"]
+    assert [(one["component"], one["steps"]) for one in said["courses"]] == [
+        ("denoiser", 3),
+        ("decoder", 3),
+        ("both", 1),
+    ]
+    assert said["after"]["psnr_db"] != said["before"]["psnr_db"]
+    assert load(made).config.components["decoder"].pruning is not None
+    refused = CliRunner().invoke(command, [*call, "--max-drop", "0.01"], env=env)
+    assert "--heal" in getattr(refused.exception, "hint", "")
