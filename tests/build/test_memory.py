@@ -92,7 +92,7 @@ def test_a_ceiling_that_nothing_meets_is_refused_with_figures(build_cache, model
     arguments = ["build", "--target", "linux-x86", "--max-memory", "100kB", "-o", str(tmp_path / "b"), str(model)]
     assert main(arguments) == 1
     said = capsys.readouterr().err
-    assert "needs" in said and "MiB are there" in said and "hint:" in said
+    assert "needs" in said and "KiB are there" in said and "hint:" in said
     assert not (tmp_path / "b").exists()
 
 
