@@ -59,7 +59,14 @@ def test_a_plan_keeps_what_naive_int8_loses(outliers, tmp_path):
     few = tmp_path / "prompts.txt"
     few.write_text("\n".join((*prompts[:8], *prompts[-2:])))
     options = PlanOptions(
-        calibration=few, samples=1, projections=1, confirmed=1, spread=2, repairs=True, max_size_ratio=0.30, aim="latency"
+        calibration=few,
+        samples=1,
+        projections=1,
+        confirmed=1,
+        spread=2,
+        repairs=True,
+        max_size_ratio=0.30,
+        aim="latency",
     )
     made = make_plan(outliers, load_target("linux-x86"), ("onnx",), options, cache, Quiet(), programs)
     assert any(one.name == "equalise" and one.changed for one in made.repairs)
