@@ -281,7 +281,7 @@ def in_turns(bench: Bench, folders: Mapping[str, Path], repeats: int) -> None:
                 name=name,
                 backend=backend,
                 ms={stage: statistics.median(one[stage] for one in taken[name]) * 1e3 for stage in taken[name][0]},
-                bytes=sum(one.stat().st_size for one in (folder / backend).rglob("*") if one.is_file()),
+                bytes=sum(one.stat().st_size for one in (folder / "components" / backend).rglob("*") if one.is_file()),
                 alignment=known or {},
             )
             bench.found.timed.append(made)
