@@ -7,7 +7,7 @@ A loss is the mean squared error of the picture over the square of its peak, so 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -69,6 +69,11 @@ class Trial:
     @torch.no_grad()
     def drawn(self, student: Student) -> Tensor:
         """What `student` draws, [N, ...] in -1..1."""
+        if student.config.task == "image-to-video":  # its networks take one film at a time
+            alone = [
+                replace(self, given=row[None], seeds=(seed,)) for row, seed in zip(self.given, self.seeds, strict=True)
+            ]
+            return torch.cat([one.draw(student) for one in alone])
         return self.draw(student)
 
     def draw(self, student: Student, noise: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
