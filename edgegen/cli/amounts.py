@@ -27,3 +27,18 @@ def byte_count(_: click.Context, __: click.Parameter, value: str | None) -> int 
     if unit not in BYTE_UNITS:
         raise click.BadParameter(f"`{value}` is not {wanted}")
     return int(number * BYTE_UNITS[unit])
+
+
+def share(value: str, wanted: str) -> float:
+    """`60%` or `0.6x` as 0.6; click.BadParameter for anything else."""
+    number, unit = amount(value, wanted)
+    if unit not in ("x", "%"):
+        raise click.BadParameter(f"`{value}` is not {wanted}")
+    return number / 100 if unit == "%" else number
+
+
+def milliseconds_or_share(value: str) -> tuple[float, bool]:
+    """Of the latency that a student has: `120ms`, or `0.6x` or `60%`; the number, and whether it is milliseconds."""
+    wanted = "milliseconds as `120ms`, or a share of what it is as `0.6x` or `60%`"
+    number, unit = amount(value, wanted)
+    return (number, True) if unit == "ms" else (share(value, wanted), False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgegen.cli.amounts import amount
+from edgegen.cli.amounts import milliseconds_or_share, share
 from edgegen.cli.console import Output, clean, names_between_commas, reporting
 from edgegen.cli.student_source import source_options
 
@@ -23,11 +23,8 @@ def _latency(_: click.Context, __: click.Parameter, value: str | None) -> dict[s
     """`120ms`; `0.6x` or `60%` of what it is."""
     if value is None:
         return {}
-    wanted = "milliseconds as `120ms`, or a share of what it is as `0.6x` or `60%`"
-    number, unit = amount(value, wanted)
-    if unit not in ("ms", "x", "%"):
-        raise click.BadParameter(f"`{value}` is not {wanted}")
-    return {"max_latency": number / 100 if unit == "%" else number, "latency_ms": unit == "ms"}
+    number, milliseconds = milliseconds_or_share(value)
+    return {"max_latency": number, "latency_ms": milliseconds}
 
 
 def _macs(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, float]:
@@ -36,11 +33,10 @@ def _macs(_: click.Context, __: click.Parameter, value: str | None) -> dict[str,
     for part in (value or "").split(",") if value is not None else ():
         wanted = "a share of the MACs as `60%`, or one a component as `denoiser=60%,decoder=50%`"
         name, equals, text = part.rpartition("=")
-        number, unit = amount(text, wanted)
-        share = number / 100 if unit == "%" else number
-        if unit not in ("%", "x") or (equals and not name.strip()) or share > 1 or name.strip() in found:
+        asked = share(text, wanted)
+        if (equals and not name.strip()) or asked > 1 or name.strip() in found:
             raise click.BadParameter(f"`{value}` is not {wanted}")
-        found[name.strip()] = share
+        found[name.strip()] = asked
     return found
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgegen.cli.amounts import amount
+from edgegen.cli.amounts import milliseconds_or_share, share
 from edgegen.cli.console import Output, clean, names_between_commas, reporting
 from edgegen.cli.student_source import source_options
 
@@ -19,23 +19,12 @@ def _latency(_: click.Context, __: click.Parameter, value: str | None) -> dict[s
     """`120ms`; `0.6x` or `60%` of what it is."""
     if value is None:
         return {}
-    wanted = "milliseconds as `120ms`, or a share of what it is as `0.6x` or `60%`"
-    number, unit = amount(value, wanted)
-    if unit not in ("ms", "x", "%"):
-        raise click.BadParameter(f"`{value}` is not {wanted}")
-    if unit == "ms":
-        return {"max_latency_ms": number}
-    return {"max_latency": number / 100 if unit == "%" else number}
+    number, milliseconds = milliseconds_or_share(value)
+    return {"max_latency_ms" if milliseconds else "max_latency": number}
 
 
 def _share(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
-    if value is None:
-        return None
-    wanted = "a share of what it is as `60%` or `0.6x`"
-    number, unit = amount(value, wanted)
-    if unit not in ("x", "%"):
-        raise click.BadParameter(f"`{value}` is not {wanted}")
-    return number / 100 if unit == "%" else number
+    return None if value is None else share(value, "a share of what it is as `60%` or `0.6x`")
 
 
 def _precisions(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
