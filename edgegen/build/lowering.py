@@ -161,15 +161,23 @@ def distributions(*names: str) -> dict[str, str]:
     return found
 
 
+NETWORKS = ("diffusers", "transformers")
+"""Distributions whose code a component may run."""
+
+
 @memoize
 def compiler_fingerprint() -> str:
     """sha256 over the sources that decide an artifact's bytes: a changed compiler never reuses what an older one
     made."""
     root = Path(edgegen.__file__).parent
     digest = hashlib.sha256(edgegen.__version__.encode())
-    for folder in ("graph", "lower", "precision", "rewrite"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    # What a component computes is its weights and its network's own code, here or in diffusers: a graph is that code.
+    digest.update(repr(sorted(distributions(*NETWORKS).items())).encode())
+    paths = [root / "students/reduce.py"]
+    for folder in ("graph", "lower", "precision", "rewrite", "students/networks"):
+        paths += sorted((root / folder).rglob("*.py"))
+    for path in paths:
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -118,6 +118,7 @@ def command(
     arch: str | None,
     arch_config: Path | None,
     inputs: Path | None,
+    timesteps: tuple[str, ...],
     **asked: Any,
 ) -> None:
     """Make MODEL smaller for a device: whole channels, heads, feed-forward units and blocks come out.
@@ -137,7 +138,7 @@ def command(
 
     device = load_target(target)
     names = chosen_backends(device, backends)
-    student = Source(lora, arch, arch_config, inputs).open(model)
+    student = Source(lora, arch, arch_config, inputs, timesteps).open(model)
     options = PruneOptions(components=components or (), **asked, **max_latency)
     if heal_steps is None and (min_psnr is not None or max_drop is not None):
         raise UsageError("`--min-psnr` and `--max-drop` say when healing may end", hint="add `--heal 2000`")

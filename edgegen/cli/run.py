@@ -86,7 +86,8 @@ def command(
             f"{' and '.join(asked)} exclude each other"
             if asked
             else "one of `--prompt`, `--image` and `--inputs` is needed",
-            hint=f"edgegen run {shlex.quote(str(bundle))} --prompt 'a red circle'",
+            hint=f"`edgegen run {shlex.quote(str(bundle))} --prompt 'a red circle'`, or for a student that starts "
+            "from a picture `--image in.png`, for a single network `--inputs inputs.npz`",
         )
     scalars = _scalars(conditions)
     if picture is not None and picture.suffix.lower() == ".png":

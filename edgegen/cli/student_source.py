@@ -10,13 +10,20 @@ import click
 
 
 def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--lora`, `--arch`, `--arch-config` and `--inputs`: what `edgegen.students.source.Source.of` reads."""
+    """`--lora`, `--timesteps`, `--arch`, `--arch-config`, `--inputs`: what `Source.of` reads."""
     options = (
         click.option(
             "--lora",
             multiple=True,
             metavar="FILE[:SCALE]",
             help="Merge these adapters (.safetensors; diffusers', kohya's or peft's names) into the weights.",
+        ),
+        click.option(
+            "--timesteps",
+            multiple=True,
+            metavar="T,T,...",
+            help="Sample at these times and not at the scheduler's own, as `999,749,499,249` for DMD2; one list a "
+            "number of steps, the first is the default.",
         ),
         click.option(
             "--arch",

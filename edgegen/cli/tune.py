@@ -103,6 +103,7 @@ def command(
     arch: str | None,
     arch_config: Path | None,
     inputs: Path | None,
+    timesteps: tuple[str, ...],
     **asked: Any,
 ) -> None:
     """Choose widths, blocks and precisions of MODEL together: walk the front of latency and quality for a device.
@@ -124,7 +125,7 @@ def command(
 
     device = load_target(target)
     names = chosen_backends(device, backends)
-    student = Source(lora, arch, arch_config, inputs).open(model)
+    student = Source(lora, arch, arch_config, inputs, timesteps).open(model)
     options = TuneOptions(components=components or ("denoiser", "decoder"), **asked, **max_latency)
     try:
         chosen = parallel_config(backend=parallel or "loky")

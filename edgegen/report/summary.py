@@ -73,7 +73,9 @@ def summary_table(manifest: Manifest, reports: Sequence[ParityReport]) -> str:
 
 
 def _delegated(said: dict[str, object]) -> str:
-    return f"{said['delegated_ops']}/{said['total_ops']} ops, {said['pieces']} pieces"
+    return (
+        f"{said['delegated_ops']}/{said['total_ops']} ops, {said['pieces']} piece{'' if said['pieces'] == 1 else 's'}"
+    )
 
 
 def _number(value: float | None) -> float | str | None:

@@ -38,6 +38,14 @@ def load_folder(folder: Path) -> Student:
     Raises UnsafeError for pickled weights and for links and names that leave the folder, EdgegenError for a class or a
     setting that edgegen's networks do not have; the message names the key.
     """
+    try:
+        return _load_folder(folder)
+    except EdgegenError as error:
+        error.hint = error.hint or SAVE_HINT
+        raise
+
+
+def _load_folder(folder: Path) -> Student:
     index = read_json(inside(folder, "model_index.json"))
     if index.get("_class_name") == PIPELINE:
         student = _picture_to_picture(folder, index)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from edgegen.errors import EdgegenError, UsageError
+from edgegen.students.archive import DAMAGED_HINT
 from edgegen.students.assembly import check_tensors, require_finite
 from edgegen.students.low_rank_names import in_diffusers_words
 from edgegen.students.safetensors_file import read_metadata, read_tensors
@@ -57,6 +58,14 @@ PREFIXES = (
     ("lora_te_", "text_encoder", "text_encoder.", True),
     ("lora_transformer_", "denoiser", "", True),
     ("lora_unet_", "denoiser", "", True),
+)
+MADE_FOR_HINT = (
+    "the adapter must have been made for the same network; its names may be diffusers', kohya's or peft's (convert "
+    "others with `pipeline.load_lora_weights` and `pipeline.save_lora_weights`)"
+)
+FUSE_HINT = (
+    "merge it in diffusers: `pipeline.load_lora_weights(file)`, `pipeline.fuse_lora()`, "
+    "`pipeline.unload_lora_weights()`, `pipeline.save_pretrained(folder)`"
 )
 CLIP_NAMES = (("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "out_proj"))
 _LAYER = re.compile(r"(.*\bencoder\.layers\.)(\d+)\.|(.*_encoder_layers_)(\d+)_")
@@ -116,7 +125,9 @@ def _merged(student: Student, adapter: Adapter) -> Student:
     states = {name: part.module.state_dict() for name, part in student.components.items()}
     pairs = _pairs(tensors, states, _alphas(adapter.path), adapter.path.name)
     if not pairs:
-        raise EdgegenError(f"`{adapter.path.name}` holds nothing that changes this student")
+        raise EdgegenError(
+            f"`{adapter.path.name}` holds nothing that changes this student", hint="leave out `--lora` for it"
+        )
     changed: dict[str, dict[str, Tensor]] = {}
     for (component, key), pair in pairs.items():
         weight = states[component][key]
@@ -147,11 +158,15 @@ def _alphas(path: Path) -> Mapping[str, float]:
             elif name == "alpha_pattern" and value:
                 found |= {f"{prefix}.{module}" if prefix else module: float(alpha) for module, alpha in value.items()}
             elif name == "use_dora" and value:
-                raise EdgegenError(f"`{path.name}` holds DoRA, which is not a product of two matrices")
+                raise EdgegenError(f"`{path.name}` holds DoRA, which is not a product of two matrices", FUSE_HINT)
             elif name == "use_rslora" and value:
-                raise EdgegenError(f"`{path.name}` is scaled by the root of its rank (rsLoRA), which is not read")
+                raise EdgegenError(
+                    f"`{path.name}` is scaled by the root of its rank (rsLoRA), which is not read", FUSE_HINT
+                )
     except (ValueError, TypeError, AttributeError) as error:
-        raise EdgegenError(f"`lora_adapter_metadata` of `{path.name}` cannot be read: {error}") from error
+        raise EdgegenError(
+            f"`lora_adapter_metadata` of `{path.name}` cannot be read: {error}", hint=DAMAGED_HINT
+        ) from error
     return found
 
 
@@ -166,6 +181,7 @@ def _pairs(
         for component, state in states.items()
     }
     found: dict[tuple[str, str], _Pair] = {}
+    strangers: dict[str, None] = {}
     for key, tensor in sorted(tensors.items()):
         suffix, role = next(((ending, role) for ending, role in ROLES if key.endswith(ending)), ("", ""))
         if not role:
@@ -178,18 +194,28 @@ def _pairs(
         if place is None:
             if _beyond(module, states):
                 continue
-            raise EdgegenError(
-                f"`{module}` of `{name}` is no weight of this student",
-                hint="the adapter must have been made for the same network; its names may be diffusers', kohya's or "
-                "peft's (convert others with `pipeline.load_lora_weights` and `pipeline.save_lora_weights`)",
-            )
+            strangers.setdefault(module)
+            continue
         pair = found.setdefault(place, _Pair(module))
         if role == "alpha":
             pair.alpha = float(tensor.float().mean())
         elif getattr(pair, role) is not None:
-            raise EdgegenError(f"`{module}` is changed twice by `{name}`")
+            raise EdgegenError(
+                f"`{module}` is changed twice by `{name}`",
+                hint="write it once, by `pipeline.save_lora_weights(folder)`",
+            )
         else:
             setattr(pair, role, tensor)
+    if strangers:
+        first, count = next(iter(strangers)), len(strangers) + len(found)
+        every = "none is a weight" if not found else f"`{first}` and {len(strangers) - 1} more are no weights"
+        if len(strangers) == 1 and found:
+            every = f"`{first}` is no weight"
+        raise EdgegenError(
+            f"of the {count} modules that `{name}` changes, {every} of this student"
+            + ("" if found else f": it holds `{first}`" + (" and the like" if count > 1 else "")),
+            hint=MADE_FOR_HINT,
+        )
     for pair in found.values():
         if pair.alpha is None and alphas:
             prefix = next((one for one in sorted(alphas, key=len, reverse=True) if pair.name.startswith(one)), None)
@@ -250,13 +276,14 @@ def _beyond(module: str, states: Mapping[str, Mapping[str, Tensor]]) -> bool:
 
 def _delta(pair: _Pair, weight: Tensor, name: str) -> Tensor:
     if pair.down is None or pair.up is None:
-        raise EdgegenError(f"`{pair.name}` of `{name}` has one factor without the other")
+        raise EdgegenError(f"`{pair.name}` of `{name}` has one factor without the other", hint=DAMAGED_HINT)
     down, up = pair.down.float().flatten(1), pair.up.float().flatten(1)
     rank = down.shape[0]
     if up.shape[1] != rank or up.shape[0] * down.shape[1] != weight.numel() or up.shape[0] != weight.shape[0]:
         raise EdgegenError(
             f"`{pair.name}` of `{name}` is {list(pair.up.shape)} by {list(pair.down.shape)}, "
-            f"and the weight is {list(weight.shape)}"
+            f"and the weight is {list(weight.shape)}",
+            hint=MADE_FOR_HINT,
         )
     scale = 1.0 if pair.alpha is None else pair.alpha / rank
     return scale * torch.mm(up, down).reshape(weight.shape)

@@ -20,6 +20,8 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensor name -> (dtype, shape), from the header alone; EdgegenError when it does not fit the file."""
     try:
         size = path.stat().st_size
+        if size < 8:
+            raise EdgegenError(f"`{path.name}` is empty or cut off: {size} bytes", hint=DAMAGED_HINT)
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(size - 8, MAX_SAFETENSORS_HEADER):

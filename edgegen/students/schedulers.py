@@ -7,6 +7,7 @@ What is here draws the same picture as diffusers' own loop for the step counts i
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from pydantic import ValidationError
 
 from edgegen.errors import EdgegenError
 from edgegen.students.sampler import SamplerConfig
+
+log = logging.getLogger(__name__)
 
 STEPS = (1, 2, 4, 8)
 DEFAULT_STEPS = 4
@@ -95,8 +98,7 @@ def sampler_from(data: Mapping[str, Any], name: str, spacing: FlowSpacing | None
     if kind not in DEFAULTS:
         raise EdgegenError(
             f"scheduler `{kind}` in `{name}` is not one that edgegen reads",
-            hint="save the pipeline with "
-            + (f"`{INSTEAD[kind]}`" if kind in INSTEAD else "one of " + ", ".join(f"`{known}`" for known in DEFAULTS)),
+            hint=_instead(kind),
         )
     settings = SHARED | DEFAULTS[kind] | dict(data)
     for key, neutral in OFF.items():
@@ -128,6 +130,7 @@ def sampler_from(data: Mapping[str, Any], name: str, spacing: FlowSpacing | None
                 hint="save the pipeline with `timestep_spacing='trailing'`",
             )
         made["default_steps"] = max(steps for steps in made["times"] if steps <= DEFAULT_STEPS)
+        _say_a_late_start(kind, settings, made)
         return SamplerConfig.model_validate({"num_train_timesteps": train, **made})
     except ValidationError as error:
         first = error.errors()[0]
@@ -136,6 +139,33 @@ def sampler_from(data: Mapping[str, Any], name: str, spacing: FlowSpacing | None
         raise EdgegenError(
             f"scheduler `{kind}` in `{name}` has an impossible setting: {error}", hint=_hint()
         ) from error
+
+
+def _instead(kind: str) -> str:
+    if kind not in INSTEAD:
+        return "save the pipeline with one of " + ", ".join(f"`{known}`" for known in DEFAULTS)
+    spacing = "" if kind.startswith("FlowMatch") else ", timestep_spacing='trailing'"
+    return (
+        f"`pipeline.scheduler = diffusers.{INSTEAD[kind]}.from_config(pipeline.scheduler.config{spacing})` before "
+        "`pipeline.save_pretrained(folder)`"
+    )
+
+
+def _say_a_late_start(kind: str, settings: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+    """Steps from nothing but noise belong at the last timestep; `leading`, the usual default, is far from it where
+    steps are few. diffusers draws so too: it is said, and followed."""
+    steps, train = made["default_steps"], int(settings["num_train_timesteps"])
+    first = made["times"][steps][0]
+    if "beta_schedule" in made and settings.get("timestep_spacing") == "leading" and first < 0.9 * train:
+        log.warning(
+            "the scheduler's `timestep_spacing` leading starts %d steps from noise at timestep %d of %d: few-step "
+            "students are made for `trailing`, `%s.from_config(pipeline.scheduler.config, timestep_spacing='trailing')`"
+            ", or say their times: `--timesteps 999,749,499,249`",
+            steps,
+            first,
+            train,
+            kind,
+        )
 
 
 def _hint() -> str:
@@ -211,8 +241,8 @@ def _euler(settings: dict[str, Any], train: int) -> dict[str, Any]:
         "final_alpha": "one",
         **_vp(settings),
     }
-    if settings["prediction_type"] == "sample":
-        raise ValueError("prediction_type sample, which diffusers' own Euler does not implement")
+    if ancestral and settings["prediction_type"] == "sample":
+        raise ValueError("prediction_type sample, which diffusers' own ancestral Euler does not implement")
     if settings["timestep_spacing"] != "leading" and made["times"]:
         steps = min(made["times"])
         whole = SamplerConfig.model_validate({"num_train_timesteps": train, "default_steps": steps, **made})

@@ -25,11 +25,19 @@ class Source:
     """JSON that the factory is called with."""
     inputs: Path | None = None
     """`.npz` with what a student without prompts is calibrated and verified on."""
+    timesteps: tuple[str, ...] = ()
+    """`999,749,499,249`: the times of one number of steps, in place of the scheduler's own."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Source:
         """From the options of the command line (`edgegen.cli.student_source`)."""
-        return cls(tuple(options["lora"]), options["arch"], options["arch_config"], options["inputs"])
+        return cls(
+            tuple(options["lora"]),
+            options["arch"],
+            options["arch_config"],
+            options["inputs"],
+            tuple(options["timesteps"]),
+        )
 
     def open(self, path: Path) -> Student:
         """The student at `path`; the errors of `edgegen.students.load.load` and of what is asked for here."""
@@ -37,6 +45,11 @@ class Source:
 
         if self.arch_config is not None and self.arch is None:
             raise UsageError("`--arch-config` is for a factory", hint="name it: `--arch package.module:factory`")
+        rows = []
+        if self.timesteps:
+            from edgegen.students.timesteps import parse_timesteps
+
+            rows = [parse_timesteps(text) for text in self.timesteps]
         arrays = None
         if self.inputs is not None:
             from edgegen.students.given_inputs import read_inputs
@@ -52,6 +65,10 @@ class Source:
             from edgegen.students.low_rank import parse_adapter, with_adapters
 
             student = with_adapters(student, [parse_adapter(text) for text in self.adapters])
+        if rows:
+            from edgegen.students.timesteps import with_timesteps
+
+            student = with_timesteps(student, rows)
         if arrays is not None and self.inputs is not None:
             from edgegen.students.given_inputs import with_inputs
 

@@ -65,7 +65,9 @@ class Component:
         digest = hashlib.sha256(repr((self.name, self.inputs, self.outputs, str(self.module))).encode())
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data if tensor.numel() else b"")
+            # A count of batches is a tensor without dimensions, which has no bytes to look at before it has one.
+            flat = tensor.detach().contiguous().cpu().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data if tensor.numel() else b"")
         for sample in self.examples:
             for tensor in sample:
                 digest.update(tensor.contiguous().numpy().tobytes())

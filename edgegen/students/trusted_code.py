@@ -12,6 +12,7 @@ import logging
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ CAPTURE_HINT = (
     "one graph must serve all inputs: write a branch on values with `torch.where`, and take numbers from shapes, not "
     "from tensors"
 )
+TRACE_HINT = "the same command after `export EDGEGEN_DEBUG=1` shows the whole way there"
 INPUTS_HINT = "say what it takes: `--inputs FILE.npz`, an array for each input by its name in `forward`"
 
 
@@ -79,7 +81,8 @@ def load_trusted(factory: Factory, weights: Path | None, inputs: Arrays | None =
         if isinstance(made, Mapping) and made and all(isinstance(one, nn.Module) for one in made.values()):
             return _several(factory.name, dict(made), weights)
     raise EdgegenError(
-        f"`{factory.name}` gave a {type(made).__name__}, not an `nn.Module` or a dict of them by component"
+        f"`{factory.name}` gave {made.__class__.__name__!r}, not an `nn.Module` or a dict of them by component",
+        hint="name a function that makes the network and returns it",
     )
 
 
@@ -104,11 +107,14 @@ def _call(name: str, config: Mapping[str, Any] | None) -> Any:
             raise UsageError(
                 f"there is no module `{module_name}`", hint="run this in the folder that holds it, or install it"
             ) from error
-        raise _raised(name, "import", error) from error
+        raise _raised(name, "import", error, TRACE_HINT) from error
     except AttributeError as error:
-        raise UsageError(f"module `{module_name}` has no `{function_name}`") from error
+        raise UsageError(
+            f"module `{module_name}` has no `{function_name}`",
+            hint=f"`python -c 'import {module_name} as m; print(dir(m))'` lists what it has",
+        ) from error
     except Exception as error:
-        raise _raised(name, "import", error) from error
+        raise _raised(name, "import", error, TRACE_HINT) from error
     return _guarded(name, "call", lambda: factory() if config is None else factory(config))
 
 
@@ -116,18 +122,16 @@ def _guarded(name: str, what: str, call: Callable[[], Any], hint: str | None = N
     try:
         return call()
     except Exception as error:
-        raised = _raised(name, what, error)
-        raised.hint = hint
-        raise raised from error
+        raise _raised(name, what, error, hint or TRACE_HINT) from error
 
 
-def _raised(name: str, what: str, error: Exception) -> EdgegenError:
+def _raised(name: str, what: str, error: Exception, hint: str) -> EdgegenError:
     """What the user's code raised, with its own file and line."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     own = [frame for frame in frames if "importlib" not in frame.filename and "site-packages" not in frame.filename]
     at = f" (`{Path((own or frames)[-1].filename).name}`, line {(own or frames)[-1].lineno})" if frames else ""
     said = " ".join(str(error).split())[:300]
-    return EdgegenError(f"{what} of `{name}` raised {type(error).__name__}: {said}{at}")
+    return EdgegenError(f"{what} of `{name}` raised {type(error).__name__}: {said}{at}", hint)
 
 
 def _single(name: str, module: nn.Module, weights: Path | None, inputs: Arrays | None) -> Student:
@@ -157,7 +161,9 @@ def _own_examples(name: str, own: Any) -> dict[str, Any]:
 
 def _several(name: str, modules: dict[str, nn.Module], weights: Path | None) -> Student:
     if weights is None:
-        raise UsageError(f"`{name}` gave several components, whose config must be beside weights")
+        raise UsageError(
+            f"`{name}` gave several components, whose config must be beside weights", hint="name their file as MODEL"
+        )
     candidates = (weights.with_name(f"{weights.stem}.json"), weights.with_name("config.json"))
     path = next((one for one in candidates if one.is_file()), None)
     if path is None:
@@ -199,12 +205,17 @@ def _below(state: Mapping[str, object], component: str) -> dict[str, object]:
 
 def _fill(name: str, module: nn.Module, state: Mapping[str, object], where: str) -> None:
     if not all(isinstance(value, Tensor) for value in state.values()):
-        raise EdgegenError(f"`{where}` is not a state dict of tensors")
+        raise EdgegenError(
+            f"`{where}` is not a state dict of tensors", hint="`torch.save(module.state_dict(), 'weights.pt')`"
+        )
     try:
         module.load_state_dict(dict(state), strict=True)
     except Exception as error:  # strict loading raises RuntimeError, a module of the user's anything
         said = " ".join(str(error).split())[:300]
-        raise EdgegenError(f"`{where}` does not fit the module of `{name}`: {said}") from error
+        raise EdgegenError(
+            f"`{where}` does not fit the module of `{name}`: {said}",
+            hint="the factory is called with `--arch-config FILE.json`: the sizes of the training run belong there",
+        ) from error
 
 
 def _captured(
@@ -220,7 +231,9 @@ def _captured(
     stated = {
         key: value.to(torch.int32 if value.dtype in TO_INT32 else torch.float32) for key, value in example.items()
     }
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # A GRU or LSTM lists its weights anew at every call; they are its parameters all the same.
+        warnings.filterwarnings("ignore", message=r"The tensor attributes .* assigned during export")
         made = _guarded(name, "forward", lambda: wrapped(*stated.values()), hint)
         program = _guarded(name, "capture", lambda: torch.export.export(wrapped, tuple(stated.values())), CAPTURE_HINT)
     named = zip(wrapped.names or [], made, strict=True)

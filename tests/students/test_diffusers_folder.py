@@ -168,6 +168,15 @@ def test_shards_and_linear_projections(folder, student):
     assert load(folder).components["denoiser"].fingerprint == student.components["denoiser"].fingerprint
 
 
+@pytest.mark.parametrize("kept", [0, 1000])
+def test_a_damaged_file_is_told_from_its_namesakes(folder, kept):
+    path = folder / "vae/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(EdgegenError, match=r"weights of `vae`: .*(empty|cut off|holds)") as caught:
+        load(folder)
+    assert "sha256" in caught.value.hint
+
+
 def test_a_view_of_the_hub_cache_is_contained(folder, student, tmp_path):
     """In the cache, a snapshot is a folder of links to blobs beside it."""
     cache = tmp_path / "models--someone--shapes"
@@ -316,6 +325,7 @@ def network(x, t):
         diffusers.EulerDiscreteScheduler(**VP, timestep_spacing="trailing"),
         diffusers.EulerDiscreteScheduler(**VP, timestep_spacing="leading", steps_offset=1),
         diffusers.EulerDiscreteScheduler(**VP, timestep_spacing="linspace", prediction_type="v_prediction"),
+        diffusers.EulerDiscreteScheduler(**VP, timestep_spacing="trailing", prediction_type="sample"),
         diffusers.EulerAncestralDiscreteScheduler(**VP, timestep_spacing="trailing"),
         diffusers.EulerAncestralDiscreteScheduler(**VP, timestep_spacing="leading", steps_offset=1),
         diffusers.TCDScheduler(**VP),
@@ -373,6 +383,14 @@ def test_a_shift_that_depends_on_the_size_is_folded(kind):
             torch.testing.assert_close(torch.tensor(times), scheduler.sigmas[:-1], atol=1e-6, rtol=1e-5)
 
 
+def test_few_steps_that_start_late_are_said(caplog):
+    config = {"_class_name": "EulerDiscreteScheduler", **VP}
+    sampler_from({**config, "timestep_spacing": "trailing"}, "scheduler_config.json")
+    assert not caplog.records
+    sampler_from({**config, "timestep_spacing": "leading", "steps_offset": 1}, "scheduler_config.json")
+    assert "751 of 1000" in caplog.text and "trailing" in caplog.text
+
+
 def test_sdxs_ends_at_the_first_alpha_bar():
     """x0 = 14.642586 x - 14.579274 eps for SDXS's single DEIS step, not the naive 14.648814 / 14.614641."""
     config = {"_class_name": "DEISMultistepScheduler", **VP}
@@ -388,6 +406,7 @@ def test_sdxs_ends_at_the_first_alpha_bar():
         ({"_class_name": "DDIMScheduler"}, "clip_sample"),
         ({"_class_name": "EulerDiscreteScheduler", "final_sigmas_type": "sigma_min"}, "final_sigmas_type"),
         ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, "use_karras_sigmas"),
+        ({"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "sample"}, "sample"),
         ({"_class_name": "EulerDiscreteScheduler", "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting"),
         ({"_class_name": "DDIMScheduler", "clip_sample": False, "timestep_spacing": "linspace"}, "linspace"),

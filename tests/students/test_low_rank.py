@@ -145,8 +145,18 @@ def test_a_layer_that_the_student_does_without_is_passed_over_and_a_stranger_is_
     with_adapters(student, [Adapter(tmp_path / "a.safetensors")])
     further = {key.replace("layers_2", "layers_3"): value for key, value in tensors.items()}
     save_file(further | own, tmp_path / "b.safetensors")
-    with pytest.raises(EdgegenError, match="layers_3"):
+    with pytest.raises(EdgegenError, match=r"of the 2 modules .*layers_3.* is no weight"):
         with_adapters(student, [Adapter(tmp_path / "b.safetensors")])
+
+
+def test_an_adapter_of_another_network_is_told_by_what_it_holds(student, tmp_path):
+    names = [f"lora_unet_double_blocks_{i}_img_attn_qkv.lora_{end}.weight" for i in range(3) for end in ("down", "up")]
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "a.safetensors")
+    with pytest.raises(
+        EdgegenError, match=r"of the 3 modules .* none is a weight .*double_blocks_0_img_attn"
+    ) as caught:
+        with_adapters(student, [Adapter(tmp_path / "a.safetensors")])
+    assert "same network" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -162,8 +172,9 @@ def test_a_layer_that_the_student_does_without_is_passed_over_and_a_stranger_is_
 def test_what_cannot_be_merged_is_named(student, tmp_path, tensors, said):
     save_file({key: torch.ones(shape) for key, shape in tensors.items()}, tmp_path / "a.safetensors")
     before = weights(student)
-    with pytest.raises(EdgegenError, match=said):
+    with pytest.raises(EdgegenError, match=said) as caught:
         with_adapters(student, [Adapter(tmp_path / "a.safetensors")])
+    assert caught.value.hint
     assert all(torch.equal(value, before[key]) for key, value in weights(student).items())
 
 

@@ -137,6 +137,7 @@ def test_a_module_becomes_a_student_with_its_own_names(home, tmp_path, kind):
     (part,) = student.components.values()
     assert [(spec.name, spec.shape, spec.dtype) for spec in part.outputs] == outputs
     assert {spec.name for spec in part.inputs} == set(shapes)
+    assert len(student.fingerprint) == 64, "a batch norm's count is a tensor without dimensions"
     given = {key: torch.from_numpy(value) for key, value in arrays.items()}
     wanted = module(**{key: value.float() if value.is_floating_point() else value for key, value in given.items()})
     wanted = wanted.values() if isinstance(wanted, dict) else wanted if isinstance(wanted, tuple) else [wanted]
@@ -163,7 +164,7 @@ def test_other_code_with_the_same_weights_is_another_student(home, tmp_path):
     ("arch", "kind", "said"),
     [
         ("{home}:broken", EdgegenError, "ValueError: no such width.*line"),
-        ("{home}:nothing", EdgegenError, "int"),
+        ("{home}:nothing", EdgegenError, "'int'"),
         ("{home}:absent", UsageError, "absent"),
         ("no_such_module_here:f", UsageError, "no_such_module_here"),
         ("os.path.join", UsageError, "package.module:factory|not the name"),
@@ -175,8 +176,9 @@ def test_what_goes_wrong_in_the_users_code_is_said(home, tmp_path, arch, kind, s
     torch.save({"body.weight": torch.zeros(3)}, "weights.pt")
     if arch.endswith("upscaler"):
         torch.save(module_of(home, "Upscaler").state_dict(), "weights.pt")
-    with pytest.raises(kind, match=said):
+    with pytest.raises(kind, match=said) as caught:
         Source(arch=arch.format(home=home)).open(tmp_path / "weights.pt")
+    assert caught.value.hint
 
 
 def test_only_the_option_runs_code_and_the_path_is_as_it_was(home, tmp_path, caplog):

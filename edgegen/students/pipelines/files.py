@@ -65,7 +65,7 @@ def weights(folder: Path, part: str, stem: str, wanted: Callable[[str], bool] = 
     names = {entry.name for entry in inside(folder, part).iterdir()}
     for variant in (stem, f"{stem}.fp16"):
         if f"{variant}.safetensors" in names:
-            return read_tensors([inside(folder, f"{part}/{variant}.safetensors")], wanted)
+            return _read(folder, part, [f"{variant}.safetensors"], wanted)
         if f"{stem}.safetensors.index{variant.removeprefix(stem)}.json" in names:
             index = read_json(inside(folder, f"{part}/{stem}.safetensors.index{variant.removeprefix(stem)}.json"))
             shards = index.get("weight_map")
@@ -73,7 +73,7 @@ def weights(folder: Path, part: str, stem: str, wanted: Callable[[str], bool] = 
                 raise EdgegenError(f"the index of `{part}` names no shards", hint=SAVE_HINT)
             for shard in set(shards.values()):
                 check_relative(shard, f"a shard in the index of `{part}`")
-            return read_tensors([inside(folder, f"{part}/{one}") for one in sorted(set(shards.values()))], wanted)
+            return _read(folder, part, sorted(set(shards.values())), wanted)
     pickled = sorted(name for name in names if name.endswith(PICKLED))
     if pickled:
         raise UnsafeError(
@@ -81,6 +81,16 @@ def weights(folder: Path, part: str, stem: str, wanted: Callable[[str], bool] = 
             hint=f"where you trust the folder: {SAVE_HINT}",
         )
     raise EdgegenError(f"`{part}` has no `{stem}.safetensors`", hint=SAVE_HINT)
+
+
+def _read(folder: Path, part: str, files: list[str], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The tensors of these files; whose they are is said of a damaged one, since several parts have the same names."""
+    try:
+        return read_tensors([inside(folder, f"{part}/{one}") for one in files], wanted)
+    except UnsafeError:
+        raise
+    except EdgegenError as error:
+        raise EdgegenError(f"weights of `{part}`: {error.message}", error.hint) from error
 
 
 def require(config: Mapping[str, Any], fixed: Mapping[str, tuple[Any, tuple[Any, ...]]], name: str) -> None:
