@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.students.config import StudentConfig
 from edgegen.students.example_picture import example_picture
+from edgegen.students.settings import settings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -61,9 +62,13 @@ class Component:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over signature, parameter names, dtypes, shapes and bytes."""
+        """sha256 over signature, what modules are set to, and names, dtypes, shapes and bytes of all tensors."""
         digest = hashlib.sha256(repr((self.name, self.inputs, self.outputs, str(self.module))).encode())
-        for name, tensor in sorted(self.module.state_dict().items()):
+        for line in settings(self.module):
+            digest.update(line.encode() + b"\n")
+        # Tables that no state dict has are computed from settings, which need not be kept.
+        tables = {name: one for name, one in self.module.named_buffers() if one is not None}
+        for name, tensor in sorted({**tables, **self.module.state_dict()}.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             # A count of batches is a tensor without dimensions, which has no bytes to look at before it has one.
             flat = tensor.detach().contiguous().cpu().reshape(-1)
