@@ -27,6 +27,11 @@ def _latency(_: click.Context, __: click.Parameter, value: str | None) -> dict[s
     return {"max_latency": number, "latency_ms": milliseconds}
 
 
+def _separable(context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, float]:
+    """`40%` of the decoder, or `denoiser=60%,decoder=40%`."""
+    return {name or "decoder": share for name, share in _macs(context, parameter, value).items()}
+
+
 def _macs(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, float]:
     """`60%`, or `denoiser=60%,decoder=50%`."""
     found: dict[str, float] = {}
@@ -67,6 +72,13 @@ def _macs(_: click.Context, __: click.Parameter, value: str | None) -> dict[str,
     "--ratio",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Share of every space that goes, as `0.4`.",
+)
+@click.option(
+    "--separable",
+    callback=_separable,
+    metavar="SHARE",
+    help="Dense convolutions become depthwise and pointwise ones, until so much of the decoder's MACs is left, as "
+    "`40%`; or `denoiser=60%,decoder=40%`. Before anything is cut.",
 )
 @click.option(
     "--uniform", is_flag=True, help="One ratio for everything, units ranked by their weights: what others do."
@@ -182,6 +194,7 @@ def text(made: Made) -> str:
         share = one.after.macs / max(1, one.before.macs)
         lines.append(f"  {one.name:<14}{parameters:>24}{macs:>24}{share:>8.3f}{one.units[0]:>8} -> {one.units[1]}")
         lines += [f"    passed by: {path}" for path in one.removed]
+        lines += [f"    separable, {rank} a channel: {path}" for path, rank in one.separated.items()]
     lines.append("")
     for name, (before, after) in made.latency.items():
         ratio = after / before if before else 1.0

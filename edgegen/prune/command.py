@@ -21,6 +21,7 @@ from edgegen.prune.find import spaces as find_spaces
 from edgegen.prune.importance import Floats, Probe, confirmed, importance, magnitude
 from edgegen.prune.ratio import by_ratio, ratio_for
 from edgegen.prune.refusal import refused
+from edgegen.prune.separable import separate
 from edgegen.prune.space import Spaces, to_pruning
 from edgegen.prune.target_speed import target_speed
 from edgegen.prune.trial import Trial
@@ -36,14 +37,16 @@ MEASURED = 16
 class PruneOptions:
     """`components`: () for the denoiser and the decoder, or the one that there is. `max_macs`: component (or "" for
     each) -> share of what it has. `max_latency` of the whole picture: a share, or milliseconds with `latency_ms`.
-    `ratio`: share of every space that goes. `uniform`: one ratio for all spaces, units ranked by their weights alone.
-    `samples`: pictures that importance is measured on, of `steps` steps."""
+    `ratio`: share of every space that goes. `separable`: component -> the share of its MACs that it is left with by
+    making convolutions separable, before anything is cut. `uniform`: one ratio for all spaces, units ranked by their
+    weights alone. `samples`: pictures that importance is measured on, of `steps` steps."""
 
     components: tuple[str, ...] = ()
     max_macs: Mapping[str, float] = field(default_factory=dict)
     max_latency: float | None = None
     latency_ms: bool = False
     ratio: float | None = None
+    separable: Mapping[str, float] = field(default_factory=dict)
     uniform: bool = False
     depth: bool = True
     samples: int = 8
@@ -62,6 +65,8 @@ class Part:
     units: tuple[int, int]
     """Of all spaces that may be cut: how many there were, how many are left."""
     removed: tuple[str, ...] = ()
+    separated: Mapping[str, int] = field(default_factory=dict)
+    """Convolution -> filters for each channel."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Made:
                     "macs": [one.before.macs, one.after.macs],
                     "units": list(one.units),
                     "removed": list(one.removed),
+                    "separated": dict(one.separated),
                 }
                 for one in self.parts
             },
@@ -107,9 +113,12 @@ def prune(
     """A smaller `student`. UsageError for what cannot be asked of it, GateError for a budget below what the smallest
     legal network needs."""
     names = _components(student, options)
+    if options.separable:
+        return _separated(student, target, backends, options, cache, progress)
     if options.ratio is None and not options.max_macs and options.max_latency is None:
         raise UsageError(
-            "nothing says how small it should be", hint="`--max-macs 60%`, `--max-latency 0.6x` or `--ratio 0.4`"
+            "nothing says how small it should be",
+            hint="`--max-macs 60%`, `--max-latency 0.6x`, `--ratio 0.4` or `--separable decoder=40%`",
         )
     if options.ratio is not None and (options.max_macs or options.max_latency is not None):
         raise UsageError("`--ratio` says how much goes, and so does a budget", hint="give one of them")
@@ -172,10 +181,48 @@ def prune(
     return Made(made, prunings, parts, _frozen(found), latency, source, psnr, correlation)
 
 
+def _separated(
+    student: Student, target: Target, backends: Sequence[str], options: PruneOptions, cache: Cache, progress: Progress
+) -> Made:
+    """Convolutions first, then what else is asked for, of what they leave; shares are of `student` as it came."""
+    if options.max_latency is not None:
+        raise UsageError(
+            "`--separable` and `--max-latency` are not weighed against each other",
+            hint="give `--max-macs` beside `--separable`, or prune what comes out once more: `--max-latency 0.6x`",
+        )
+    whole = {name: count(capture(student.components[name])) for name in _components(student, options)}
+    trial = Trial.of(student, options.steps, options.samples)
+    records = separate(student, options.separable, trial, progress.stage, progress.advance)
+    lighter = pruned(student, records)
+    left = {name: count(capture(part)) for name, part in lighter.components.items() if name in whole}
+    rest = replace(options, separable={})
+    if options.max_macs:
+        shares = _shares(options, tuple(whole))
+        rest = replace(
+            rest,
+            max_macs={name: min(1.0, share * whole[name].macs / left[name].macs) for name, share in shares.items()},
+        )
+    if rest.max_macs or rest.ratio is not None:
+        made = prune(lighter, target, backends, rest, cache, progress)
+    else:
+        made = Made(lighter, {}, (), {}, {}, "", None)
+    progress.stage("draw with what is left", 1)
+    loss = Trial.of(student, options.steps, options.samples, unseen=True).loss(made.student)
+    progress.advance()
+    known = {part.name: part for part in made.parts}
+    known |= {name: Part(name, whole[name], left[name], (0, 0)) for name in records if name not in known}
+    configs = made.student.config.components
+    parts = tuple(
+        replace(part, before=whole[name], separated=(configs[name].pruning or Pruning()).separated)
+        for name, part in known.items()
+    )
+    return replace(made, parts=parts, latency={}, psnr=round(-10 * math.log10(max(loss, 1e-15)), 2))
+
+
 def _components(student: Student, options: PruneOptions) -> tuple[str, ...]:
     drawn = student.config.sampler is not None
     names = options.components or (("denoiser", "decoder") if drawn else tuple(student.components))
-    for name in (*names, *(one for one in options.max_macs if one)):
+    for name in (*names, *options.separable, *(one for one in options.max_macs if one)):
         if name not in student.components:
             known = ", ".join(f"`{one}`" for one in student.components)
             raise UsageError(f"student `{student.config.name}` has no component `{name}`", hint=f"it has {known}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from edgegen.students.networks.separable_conv import SeparableConv
 from edgegen.students.pruning import Pruning
 
 TINY = 1e-6
@@ -33,7 +34,7 @@ class Tap:
 def taps(small: nn.Module, large: nn.Module, pruning: Pruning) -> tuple[Tap, ...]:
     """What can be held against each other; in the order in which `small` names its modules."""
     kinds = {path: one.__class__ for path, one in large.named_modules()}
-    found = [_tap(path, one, pruning) for path, one in small.named_modules() if kinds.get(path) is one.__class__]
+    found = [_tap(path, one, pruning) for path, one in small.named_modules() if _same(one.__class__, kinds.get(path))]
     seen = [tap for tap in found if tap is not None]
     norms = tuple(tap for tap in seen if issubclass(kinds[tap.path], _NORMS))
     # What goes into the first convolution is what went into the network.
@@ -43,7 +44,15 @@ def taps(small: nn.Module, large: nn.Module, pruning: Pruning) -> tuple[Tap, ...
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
+def _same(mine: type[nn.Module], theirs: type[nn.Module] | None) -> bool:
+    return mine is theirs or (mine is SeparableConv and theirs is nn.Conv2d)
+
+
 def _tap(path: str, module: nn.Module, pruning: Pruning) -> Tap | None:
+    if isinstance(module, SeparableConv):
+        filters = _kept(pruning, f"{path}.depthwise", 0)
+        rank = module.depthwise.out_channels // module.depthwise.in_channels
+        return Tap(path, 1, None if filters is None else filters[::rank] // rank)
     if getattr(module, "weight", None) is None:
         return None
     if isinstance(module, nn.GroupNorm):

@@ -243,14 +243,17 @@ class Healing:
         cut = between(self.teacher.config.components[name].pruning, _cut(self.pruned, name))
         module = copy.deepcopy(self.pruned.components[name].module)
         steps = self.options.steps
-        if cut.removed and cut.cuts:
+        if cut.removed and (cut.cuts or cut.separated):
             depth = Pruning(removed=cut.removed)
             module = reduce(copy.deepcopy(self.teacher.components[name].module), depth, weights=True)
             first = max(1, round(DEPTH_SHARE * steps))
             module = self._course(name, "depth", module, depth, first, state, judged=False)
-            module = reduce(module.cpu(), Pruning(kept=cut.kept, cuts=cut.cuts), weights=True)
+            rest = Pruning(kept=cut.kept, cuts=cut.cuts, separated=cut.separated)
+            module = reduce(module.cpu(), rest, weights=True)
             steps = max(1, steps - first)
-        self.modules[name] = self._course(name, "width" if cut.cuts else "depth", module, cut, steps, state)
+        self.modules[name] = self._course(
+            name, "width" if cut.cuts or cut.separated else "depth", module, cut, steps, state
+        )
 
     def _course(
         self, name: str, phase: str, module: nn.Module, cut: Pruning, steps: int, state: Path, judged: bool = True
@@ -342,6 +345,8 @@ def between(before: Pruning | None, after: Pruning) -> Pruning:
     """What goes on top of `before` to come to `after`: positions are those of the network that `before` leaves."""
     if before is None:
         return after
+    ranks = {path: rank for path, rank in after.separated.items() if path not in before.separated}
+    before = before.separating(ranks)
     cuts: dict[str, dict[int, Sequence[int]]] = {}
     for name, dims in after.cuts.items():
         for dim in dims:
@@ -353,4 +358,4 @@ def between(before: Pruning | None, after: Pruning) -> Pruning:
                     raise EdgegenError(f"`{name}` of the pruned student holds what its teacher does not have any more")
                 now = tuple(place[position] for position in now)
             cuts.setdefault(name, {})[dim] = now
-    return Pruning.of(cuts, {path: way for path, way in after.removed.items() if path not in before.removed})
+    return Pruning.of(cuts, {path: way for path, way in after.removed.items() if path not in before.removed}, ranks)

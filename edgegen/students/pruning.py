@@ -10,14 +10,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from edgegen.errors import EdgegenError
 
 PRUNE_HINT = "prune the student again from the one that it came from: `edgegen prune --help`"
 _RANGES = re.compile(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*")
+MAX_RANK = 64
+"""Of a convolution within each channel: filters of 8x8 have no more."""
 MAX_TEXT = 1 << 20
 """Letters of one list of positions: those of a dimension a hundred thousand long, none beside another."""
 
@@ -37,6 +46,9 @@ class Pruning(BaseModel):
     `kept`. What is not named stays whole."""
     removed: dict[str, Way] = {}
     """Path of a module -> how it is passed by."""
+    separated: dict[str, int] = {}
+    """Path of a convolution -> filters for each channel of the depthwise one that stands, with a pointwise one after
+    it, in its place. `cuts` are of those two."""
 
     @field_validator("kept")
     @classmethod
@@ -60,8 +72,29 @@ class Pruning(BaseModel):
                     )
         return self
 
+    @field_validator("separated")
     @classmethod
-    def of(cls, cuts: Mapping[str, Mapping[int, Sequence[int]]], removed: Mapping[str, Way] | None = None) -> Pruning:
+    def _ranks(cls, separated: dict[str, int]) -> dict[str, int]:
+        for path, rank in separated.items():
+            if not 1 <= rank <= MAX_RANK:
+                raise ValueError(f"`{path[:80]}` is separated into {rank} filters a channel, not 1 to {MAX_RANK}")
+        return separated
+
+    @model_serializer(mode="wrap")
+    def _without_separated(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # As before there were any: its bytes are in hashes.
+        data: dict[str, Any] = handler(self)
+        if not self.separated:
+            del data["separated"]
+        return data
+
+    @classmethod
+    def of(
+        cls,
+        cuts: Mapping[str, Mapping[int, Sequence[int]]],
+        removed: Mapping[str, Way] | None = None,
+        separated: Mapping[str, int] | None = None,
+    ) -> Pruning:
         """From ascending positions of each dimension that is cut; equal ones are kept once."""
         kept: dict[str, int] = {}
         made = {
@@ -69,7 +102,7 @@ class Pruning(BaseModel):
             for name, dims in cuts.items()
             if dims
         }
-        return cls(kept=tuple(kept), cuts=made, removed=dict(removed or {}))
+        return cls(kept=tuple(kept), cuts=made, removed=dict(removed or {}), separated=dict(separated or {}))
 
     def positions(self, name: str, dim: int) -> tuple[int, ...] | None:
         """Ascending; None where that dimension is whole."""
@@ -78,15 +111,24 @@ class Pruning(BaseModel):
 
     def then(self, other: Pruning) -> Pruning:
         """This, and then `other`, whose positions are those of the network that this one leaves."""
+        twice = [path for path in other.separated if path in self.separated]
+        if twice:
+            raise EdgegenError(f"pruning separates `{twice[0]}`, which is separated already", PRUNE_HINT)
+        first_ = self.separating(other.separated)
         removed = {**self.removed, **other.removed}
         gone = tuple(f"{path}." for path in removed)
+        separated = {
+            path: rank
+            for path, rank in {**self.separated, **other.separated}.items()
+            if not f"{path}.".startswith(gone)
+        }
         cuts: dict[str, dict[int, Sequence[int]]] = {}
-        for name in [*self.cuts, *(name for name in other.cuts if name not in self.cuts)]:
+        for name in [*first_.cuts, *(name for name in other.cuts if name not in first_.cuts)]:
             if name.startswith(gone):
                 continue
-            dims = sorted({*self.cuts.get(name, {}), *other.cuts.get(name, {})})
+            dims = sorted({*first_.cuts.get(name, {}), *other.cuts.get(name, {})})
             for dim in dims:
-                first, second = self.positions(name, dim), other.positions(name, dim)
+                first, second = first_.positions(name, dim), other.positions(name, dim)
                 if first is not None and second is not None:
                     if second[-1] >= len(first):
                         raise EdgegenError(
@@ -96,7 +138,27 @@ class Pruning(BaseModel):
                 kept = second if first is None else first
                 assert kept is not None
                 cuts.setdefault(name, {})[dim] = kept
-        return Pruning.of(cuts, removed)
+        return Pruning.of(cuts, removed, separated)
+
+    def separating(self, ranks: Mapping[str, int]) -> Pruning:
+        """The same cuts where convolutions at `ranks` are two: outputs are the pointwise one's, inputs the channels
+        of the depthwise one."""
+        cuts: dict[str, dict[int, Sequence[int]]] = {}
+        for name, dims in self.cuts.items():
+            path, _, attribute = name.rpartition(".")
+            for dim in dims:
+                kept = self.positions(name, dim)
+                assert kept is not None
+                rank = ranks.get(path)
+                if rank is None:
+                    cuts.setdefault(name, {})[dim] = kept
+                elif dim == 0:
+                    cuts.setdefault(f"{path}.pointwise.{attribute}", {})[0] = kept
+                else:
+                    filters = [position * rank + one for position in kept for one in range(rank)]
+                    cuts.setdefault(f"{path}.depthwise.weight", {})[0] = filters
+                    cuts.setdefault(f"{path}.pointwise.weight", {})[1] = filters
+        return Pruning.of(cuts, self.removed, self.separated)
 
 
 def written(values: Sequence[int]) -> str:

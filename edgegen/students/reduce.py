@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edgegen.errors import EdgegenError
+from edgegen.students.networks.separable_conv import SeparableConv, separable, separated
 from edgegen.students.pruning import PRUNE_HINT, Pruning, Way, count, ranges
 
 
@@ -46,6 +47,7 @@ def reduce(module: nn.Module, pruning: Pruning, *, weights: bool) -> nn.Module:
     unknown names, positions out of range, groups of a convolution cut in two, a norm whose groups cannot be equal.
     """
     _remove(module, pruning.removed)
+    _separate(module, pruning.separated, weights)
     tensors = _tensors(module)
     widths = {id(one): _head_width(one) for one in module.modules()}
     done: dict[tuple[int, int], int] = {}
@@ -245,7 +247,7 @@ def _settle_above(module: nn.Module, heads: tuple[str, str, int] | None) -> None
         setattr(module, attribute, outputs // width)
     # What diffusers' resamplers hold their input against.
     channels, conv = getattr(module, "channels", None), getattr(module, "conv", None)
-    if isinstance(channels, int) and isinstance(conv, nn.Conv2d):
+    if isinstance(channels, int) and isinstance(conv, nn.Conv2d | SeparableConv):
         module.channels = conv.in_channels  # type: ignore[assignment]
 
 
@@ -253,14 +255,28 @@ def _remove(module: nn.Module, removed: Mapping[str, Way]) -> None:
     for path, way in removed.items():
         if any(path.startswith(f"{other}.") for other in removed):
             raise EdgegenError(f"pruning removes module `{path}` within another that it removes", PRUNE_HINT)
-        above, _, name = path.rpartition(".")
-        try:
-            if not name:
-                raise AttributeError(path)
-            module.get_submodule(path)
-            parent = module.get_submodule(above)
-        except AttributeError as error:
-            raise EdgegenError(
-                f"pruning removes module `{path}`, which the network does not have", PRUNE_HINT
-            ) from error
+        parent, name = _parent(module, path, "removes")
         parent._modules[name] = Passed(way)
+
+
+def _separate(module: nn.Module, ranks: Mapping[str, int], weights: bool) -> None:
+    for path, rank in ranks.items():
+        parent, name = _parent(module, path, "separates")
+        conv = parent._modules[name]
+        assert conv is not None
+        why = separable(conv)
+        if why is not None or not isinstance(conv, nn.Conv2d):
+            raise EdgegenError(f"pruning separates `{path}`, and {why}", PRUNE_HINT)
+        parent._modules[name] = separated(conv, rank, weights=weights)
+
+
+def _parent(module: nn.Module, path: str, does: str) -> tuple[nn.Module, str]:
+    """What holds the module at `path`, and by which name."""
+    above, _, name = path.rpartition(".")
+    try:
+        if not name:
+            raise AttributeError(path)
+        module.get_submodule(path)
+        return module.get_submodule(above), name
+    except AttributeError as error:
+        raise EdgegenError(f"pruning {does} module `{path}`, which the network does not have", PRUNE_HINT) from error

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from edgegen.students.networks.snapgen_unet import SeparableConv
+from edgegen.students.networks.separable_conv import SeparableConv
 
 
 class SeparableDecoderConfig(BaseModel):

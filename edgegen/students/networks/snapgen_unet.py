@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from edgegen.students.networks.rotary import rotary_tables, rotate
+from edgegen.students.networks.separable_conv import SeparableConv
 from edgegen.students.networks.unet import Downsample, FeedForward, TimeEmbedding, Upsample, timestep_features
 
 
@@ -35,18 +36,6 @@ class SnapGenUNetConfig(BaseModel):
     expansion: int = 2
     norm_num_groups: int = 32
     rotary: bool = True
-
-
-class SeparableConv(nn.Module):
-    """3x3 within each channel, then 1x1 between them; no biases."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.depthwise = nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False)
-        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pointwise(self.depthwise(x))
 
 
 class SeparableResnetBlock(nn.Module):
