@@ -192,7 +192,8 @@ def text(made: Made) -> str:
         parameters = f"{one.before.parameters:,} -> {one.after.parameters:,}"
         macs = f"{one.before.macs / 1e6:,.1f} -> {one.after.macs / 1e6:,.1f} M"
         share = one.after.macs / max(1, one.before.macs)
-        lines.append(f"  {one.name:<14}{parameters:>24}{macs:>24}{share:>8.3f}{one.units[0]:>8} -> {one.units[1]}")
+        units = f"{one.units[0]} -> {one.units[1]}" if one.units[0] else "-"
+        lines.append(f"  {one.name:<14}{parameters:>24}{macs:>24}{share:>8.3f}{units:>16}")
         lines += [f"    passed by: {path}" for path in one.removed]
         lines += [f"    separable, {rank} a channel: {path}" for path, rank in one.separated.items()]
     lines.append("")

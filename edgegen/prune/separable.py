@@ -78,10 +78,7 @@ def choose(found: Sequence[Separation], save: float) -> dict[str, int]:
     GateError where all of them together do not save that much."""
     most = sum(one.macs[0] - min(one.macs) for one in found)
     if save > most:
-        raise GateError(
-            f"separable convolutions save {most:,} MACs at most, and {save:,.0f} were asked for",
-            hint="cut channels as well: `--max-macs` beside `--separable`",
-        )
+        raise GateError(f"separable convolutions save {most:,} MACs at most, and {save:,.0f} were asked for")
     if save <= 0:
         return {}
     losses = np.array([loss for one in found for loss in one.losses])
@@ -134,5 +131,11 @@ def separate(
             stage(f"measure separable convolutions of the {name}", sum(len(one.ranks) for one in found))
         known = measured(trial, name, found, advance)
         whole = count(capture(part)).macs
+        least = 1 - sum(one.macs[0] - min(one.macs) for one in known) / whole
+        if share < least:
+            raise GateError(
+                f"separable convolutions leave {least:.1%} of the {name}'s MACs at best, and {share:.1%} was asked for",
+                hint=f"cut channels as well: `--separable {name}={least + 0.05:.0%} --max-macs {name}={share:.0%}`",
+            )
         made[name] = Pruning(separated=choose(known, (1 - share) * whole))
     return made
