@@ -25,6 +25,12 @@ LONGEST = 2000
 """Letters of a prompt."""
 
 
+FILE_HINT = (
+    "give a text file in UTF-8 with one prompt a line (`--calibration prompts.txt`), or leave `--calibration` out: "
+    "prompts ship with edgegen"
+)
+
+
 class Settings(BaseModel):
     """How ranges are observed: `calibration/settings.toml`."""
 
@@ -81,13 +87,13 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         with path.open("rb") as stream:
             content = stream.read(SIZE_LIMIT + 1)
     except OSError as error:
-        raise UsageError(f"calibration prompts `{path}` cannot be read: {error.strerror}") from error
+        raise UsageError(f"calibration prompts `{path}` cannot be read: {error.strerror}", FILE_HINT) from error
     if len(content) > SIZE_LIMIT:
-        raise UsageError(f"calibration prompts `{path}` are more than {SIZE_LIMIT} bytes")
+        raise UsageError(f"calibration prompts `{path}` are more than {SIZE_LIMIT >> 20} MiB", FILE_HINT)
     try:
         lines = content.decode().splitlines()
     except UnicodeDecodeError as error:
-        raise UsageError(f"calibration prompts `{path}` are not UTF-8 text (byte {error.start})") from error
+        raise UsageError(f"calibration prompts `{path}` are not UTF-8 text (byte {error.start})", FILE_HINT) from error
     return tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from torch.export import ExportedProgram
 
 from edgegen.prune.axes import Axes
+from edgegen.prune.axes_rules import RULES
 from edgegen.prune.labels import STAYS, Dimension
 from edgegen.prune.space import Cut, Kind, Space, Spaces
 
@@ -37,7 +38,7 @@ def spaces(program: ExportedProgram) -> Spaces:
 
 def find(program: ExportedProgram) -> Found:
     """`spaces` with what they were found by."""
-    axes = Axes(program)
+    axes = Axes(program, RULES)
     units, reasons = axes.ledger.close()
     dimensions = axes.ledger.dimensions
     holders: dict[int, list[int]] = {}

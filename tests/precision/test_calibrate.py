@@ -190,10 +190,11 @@ def test_files_of_prompts(tmp_path):
     path.write_text("# ours\n\n a red fox \nein Fuchs im Schnee\n")
     assert read_prompts(path) == ("a red fox", "ein Fuchs im Schnee")
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="not UTF-8"):
+    with pytest.raises(UsageError, match="not UTF-8") as broken:
         read_prompts(path)
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="cannot be read") as missing:
         read_prompts(tmp_path / "nowhere.txt")
+    assert all("`--calibration prompts.txt`" in (one.value.hint or "") for one in (broken, missing))
 
 
 def seen(*tensors):
