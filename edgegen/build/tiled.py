@@ -39,8 +39,11 @@ def choose_tiling(
     """
     whole = [_run(decoder, latent) for latent in latents]
     best: Tiling | None = None
+    smallest = activations(decoder)
     for tiling in _candidates(decoder):
-        if activations(tile_component(decoder, tiling)) > budget:
+        needed = activations(tile_component(decoder, tiling))
+        smallest = min(smallest, needed)
+        if needed > budget:
             continue
         seen = max(
             seam(picture, decode_tiled(lambda tile: _run(decoder, tile), latent, tiling))
@@ -53,8 +56,10 @@ def choose_tiling(
             best = measured
     if best is None:
         raise EdgegenError(
-            f"component `{decoder.name}` does not fit into {budget / 2**20:.0f} MiB in tiles either",
-            hint="build for a target with more memory, or a student of a smaller picture",
+            f"component `{decoder.name}` does not fit in tiles either: the smallest takes {smallest / 2**20:.1f} MiB "
+            f"for its values, and {budget / 2**20:.1f} MiB are there",
+            hint="build for a target with more memory, or a student of a smaller picture; `--max-memory` says what the "
+            "app may use where you know better than the target file",
         )
     raise EdgegenError(
         f"component `{decoder.name}` cannot be run in tiles: with {best.count} of them their seams are "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import select
 import sys
@@ -251,6 +252,16 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+ASIDES = ("coremltools", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+"""Libraries that warn, while they are imported, of versions and of kernels for other machines."""
+
+
+def hush_imports() -> None:
+    """Errors alone of `ASIDES`: what is compiled is proven, and `edgegen doctor` says which versions go together."""
+    for name in ASIDES:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def reader_left() -> bool:

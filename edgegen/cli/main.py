@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import click
 
 from edgegen import __version__
-from edgegen.cli.console import prepare_streams, settle_stdout, show_error
+from edgegen.cli.console import hush_imports, prepare_streams, settle_stdout, show_error
 from edgegen.cli.group import READER_LEFT, Lazy, LazyGroup
 from edgegen.errors import EdgegenError
 
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: `sys.argv`) and return its exit code; never raises for what a user can cause."""
     args = list(sys.argv[1:] if argv is None else argv)
     prepare_streams()
+    hush_imports()
     try:
         code = _run(args)
     except KeyboardInterrupt:  # before click takes over, or while an error is being shown

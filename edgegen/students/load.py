@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from edgegen.errors import EdgegenError
 from edgegen.students.archive import read_json, read_small
 from edgegen.students.assembly import State, build_student, parse_config
-from edgegen.students.safetensors_file import read_tensors
+from edgegen.students.safetensors_file import read_header, read_tensors
 from edgegen.students.sniff import Kind, sniff
 from edgegen.students.student import Student
 
@@ -79,10 +80,34 @@ def _load_safetensors(path: Path) -> Student:
     if config_path is None:
         raise EdgegenError(
             f"`{path.name}` has no config: neither `{candidates[0].name}` nor `config.json` is beside it",
-            hint=f"write the student's config to `{candidates[0]}`; "
+            hint=_what_it_is(path)
+            or f"write the student's config to `{candidates[0]}`; "
             "`edgegen/students/shapes/weights/shapes.json` is an example",
         )
     return _with_config(path.name, read_tensors([path]), config_path)
+
+
+def _what_it_is(path: Path) -> str | None:
+    """How files that are published without a config become a student: adapters, a whole pipeline in one file, a UNet
+    alone. None for any other."""
+    keys = read_header(path).keys()
+    quoted = shlex.quote(str(path))
+    if keys and all(".lora" in key or "_lora" in key or key.endswith(".alpha") for key in keys):
+        return f"it holds adapters: `edgegen build FOLDER --lora {quoted} --target ...`, with the model they are for"
+    if any(key.startswith("model.diffusion_model.") for key in keys):
+        larger = any(key.startswith("conditioner.embedders.1.") for key in keys)
+        pipeline = "StableDiffusionXLPipeline" if larger else "StableDiffusionPipeline"
+        return (
+            f'it is a whole pipeline in one file: `python -c "import diffusers; diffusers.{pipeline}'
+            f".from_single_file({str(path)!r}).save_pretrained('folder', safe_serialization=True)\"`, then name "
+            "`folder`"
+        )
+    if {"conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight"} <= keys:
+        return (
+            "it is a UNet alone: copy it to `unet/diffusion_pytorch_model.safetensors` in the folder of its pipeline, "
+            "and name the folder"
+        )
+    return None
 
 
 def _with_config(name: str, tensors: Mapping[str, object], config_path: Path) -> Student:

@@ -57,5 +57,5 @@ def test_a_decoder_with_a_norm_over_the_picture_is_refused_with_its_seams(latent
 
 def test_a_budget_that_no_tile_meets_is_refused(latents):
     decoder = component(TinyDecoder(TinyDecoderConfig(width=16, num_blocks=(1, 1))))
-    with pytest.raises(EdgegenError, match="in tiles either"):
+    with pytest.raises(EdgegenError, match=r"in tiles either: the smallest takes 0\.\d MiB"):
         choose_tiling(decoder, latents, 1000, activations)

@@ -354,3 +354,20 @@ def test_pt2_with_nan_weights_is_refused(tmp_path):
     torch.nn.init.constant_(module.bias, float("nan"))
     torch.export.save(torch.export.export(module, (torch.ones(2, 4),)), tmp_path / "model.pt2")
     assert "NaN" in refused(tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("lora_unet_conv_in.lora_down.weight", "lora_unet_conv_in.alpha"), "--lora "),
+        (("model.diffusion_model.out.2.bias", "first_stage_model.x"), "StableDiffusionPipeline.from_single_file('"),
+        (("model.diffusion_model.out.2.bias", "conditioner.embedders.1.x"), "StableDiffusionXLPipeline"),
+        (("conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight"), "unet/diffusion_pytorch_model"),
+        (("anything.weight",), "shapes.json"),
+    ],
+)
+def test_what_is_published_without_a_config_is_told_how_it_becomes_a_student(tmp_path, names, said):
+    save_file({name: torch.ones(1) for name in names}, tmp_path / "m.safetensors")
+    with pytest.raises(EdgegenError, match="has no config") as caught:
+        load(tmp_path / "m.safetensors")
+    assert said in caught.value.hint

@@ -7,14 +7,21 @@ class has not, add no parameters.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from edgegen.students.networks.rotary import rotary_tables, rotate
 from edgegen.students.networks.separable_conv import SeparableConv
-from edgegen.students.networks.unet import Downsample, FeedForward, TimeEmbedding, Upsample, timestep_features
+from edgegen.students.networks.unet import (
+    Downsample,
+    FeedForward,
+    Level,
+    TimeEmbedding,
+    Upsample,
+    through_levels,
+    timestep_features,
+)
 
 
 class SnapGenUNetConfig(BaseModel):
@@ -141,22 +148,15 @@ class SnapGenTransformer(nn.Module):
         return x + self.proj_out(h).transpose(1, 2).reshape(batch, channels, height, width)
 
 
-class SnapGenStage(nn.Module):
-    """Residual blocks, a transformer after each where `depth` is not 0, then a resampler."""
+class SnapGenStage(Level):
+    """A level of the UNet; it has transformers where `depth` is not 0."""
 
     def __init__(self, pairs: list[tuple[int, int]], level: int, depth: int, config: SnapGenUNetConfig) -> None:
-        super().__init__()
         time_dim = config.block_out_channels[0] * 4
-        self.resnets = nn.ModuleList([SeparableResnetBlock(i, o, time_dim, config) for i, o in pairs])
-        self.attentions: nn.ModuleList | None = None
-        if depth:
-            self.attentions = nn.ModuleList([SnapGenTransformer(level, depth, config) for _ in pairs])
-        self.downsamplers: nn.ModuleList | None = None
-        self.upsamplers: nn.ModuleList | None = None
-
-    def layer(self, index: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        x = self.resnets[index](x, time)
-        return x if self.attentions is None else self.attentions[index](x, context)
+        super().__init__(
+            [SeparableResnetBlock(i, o, time_dim, config) for i, o in pairs],
+            [SnapGenTransformer(level, depth, config) for _ in pairs] if depth else None,
+        )
 
 
 class SnapGenMiddle(nn.Module):
@@ -215,21 +215,5 @@ class SnapGenUNet(nn.Module):
     def forward(self, latent: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         features = timestep_features(timestep, self.config.block_out_channels[0])
         time = self.time_embedding(features.to(latent.dtype))
-        x = self.conv_in(latent)
-        skips = [x]
-        for stage in self.down_blocks:
-            assert isinstance(stage, SnapGenStage)
-            for i in range(len(stage.resnets)):
-                x = stage.layer(i, x, time, context)
-                skips.append(x)
-            if stage.downsamplers is not None:
-                x = stage.downsamplers[0](x)
-                skips.append(x)
-        x = self.mid_block(x, time, context)
-        for stage in self.up_blocks:
-            assert isinstance(stage, SnapGenStage)
-            for i in range(len(stage.resnets)):
-                x = stage.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
-            if stage.upsamplers is not None:
-                x = stage.upsamplers[0](x)
+        x = through_levels(self.down_blocks, self.mid_block, self.up_blocks, self.conv_in(latent), time, context)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

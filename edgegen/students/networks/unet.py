@@ -8,7 +8,7 @@ no guidance embedding.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -189,8 +189,47 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Stage(nn.Module):
-    """One level of the UNet: `resnets`, an attention after each where `heads` is given, then a resampler."""
+class Level(nn.Module):
+    """One level of a UNet: residual blocks, a transformer after each where there are any, then a resampler."""
+
+    def __init__(self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module] | None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = None if attentions is None else nn.ModuleList(attentions)
+        self.downsamplers: nn.ModuleList | None = None
+        self.upsamplers: nn.ModuleList | None = None
+
+    def layer(self, index: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        x = self.resnets[index](x, time)
+        return x if self.attentions is None else self.attentions[index](x, context)
+
+
+def through_levels(
+    down: nn.ModuleList, middle: nn.Module | None, up: nn.ModuleList, x: Tensor, time: Tensor, context: Tensor
+) -> Tensor:
+    """Down the levels and up again, each block of the way up beside what the way down left for it."""
+    skips = [x]
+    for level in down:
+        assert isinstance(level, Level)
+        for i in range(len(level.resnets)):
+            x = level.layer(i, x, time, context)
+            skips.append(x)
+        if level.downsamplers is not None:
+            x = level.downsamplers[0](x)
+            skips.append(x)
+    if middle is not None:
+        x = middle(x, time, context)
+    for level in up:
+        assert isinstance(level, Level)
+        for i in range(len(level.resnets)):
+            x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
+        if level.upsamplers is not None:
+            x = level.upsamplers[0](x)
+    return x
+
+
+class Stage(Level):
+    """A level of the UNet; it has attention where `attention` is given."""
 
     def __init__(
         self,
@@ -199,17 +238,10 @@ class Stage(nn.Module):
         groups: int,
         attention: TransformerShape | None,
     ) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(i, o, time_dim, groups) for i, o in resnet_channels])
-        self.attentions: nn.ModuleList | None = None
-        if attention is not None:
-            self.attentions = nn.ModuleList([SpatialTransformer(o, attention, groups) for _, o in resnet_channels])
-        self.downsamplers: nn.ModuleList | None = None
-        self.upsamplers: nn.ModuleList | None = None
-
-    def layer(self, index: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        x = self.resnets[index](x, time)
-        return x if self.attentions is None else self.attentions[index](x, context)
+        super().__init__(
+            [ResnetBlock(i, o, time_dim, groups) for i, o in resnet_channels],
+            None if attention is None else [SpatialTransformer(o, attention, groups) for _, o in resnet_channels],
+        )
 
 
 class UNet(nn.Module):
@@ -272,20 +304,5 @@ class UNet(nn.Module):
         if self.coordinates is not None:
             grid = self.coordinates.to(latent.dtype).expand(latent.shape[0], -1, -1, -1)
             x = torch.cat([latent, grid], dim=1)
-        x = self.conv_in(x)
-        skips = [x]
-        for stage in self.down_blocks:
-            assert isinstance(stage, Stage)
-            for i in range(len(stage.resnets)):
-                x = stage.layer(i, x, time, context)
-                skips.append(x)
-            if stage.downsamplers is not None:
-                x = stage.downsamplers[0](x)
-                skips.append(x)
-        for stage in self.up_blocks:
-            assert isinstance(stage, Stage)
-            for i in range(len(stage.resnets)):
-                x = stage.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
-            if stage.upsamplers is not None:
-                x = stage.upsamplers[0](x)
+        x = through_levels(self.down_blocks, None, self.up_blocks, self.conv_in(x), time, context)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

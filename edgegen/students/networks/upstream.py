@@ -8,9 +8,7 @@ they have.
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -20,9 +18,6 @@ from edgegen.errors import EdgegenError
 
 INSTALL_HINT = "pip install 'edgegen[diffusers]'"
 
-ASIDES = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
-"""Who warns, while diffusers is imported, of what has nothing to do with a student."""
-
 NOTED = {"AutoencoderTiny": ("block_out_channels", "force_upcast")}
 """What a class writes into its config beside what its constructor takes."""
 
@@ -30,26 +25,11 @@ NOTED = {"AutoencoderTiny": ("block_out_channels", "force_upcast")}
 def upstream_class(package: str, name: str) -> Any:
     """Class `name` of `package`, "diffusers" or "transformers"; EdgegenError where that is not installed or too old."""
     try:
-        with _without_their_asides():
-            return getattr(import_module(package), name)
+        return getattr(import_module(package), name)
     except (ImportError, AttributeError) as error:
         raise EdgegenError(
             f"`{name}` is a network of {package}, which cannot give it: {error}", INSTALL_HINT
         ) from error
-
-
-@contextmanager
-def _without_their_asides() -> Iterator[None]:
-    """Importing diffusers imports whatever quantizers are installed, which warn of kernels for other machines."""
-    loggers = [logging.getLogger(name) for name in ASIDES]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def constructor_arguments(made: Any, config: Mapping[str, Any], what: str) -> dict[str, Any]:
