@@ -106,6 +106,7 @@ def command(
     arch_config: Path | None,
     inputs: Path | None,
     timesteps: tuple[str, ...],
+    guidance: float | None,
     **asked: Any,
 ) -> None:
     """Choose the precision of every op of MODEL for a device, within a budget of time, bytes and quality.
@@ -123,7 +124,7 @@ def command(
 
     device = load_target(target)
     names = chosen_backends(device, backends)
-    student = Source(lora, arch, arch_config, inputs, timesteps).open(model)
+    student = Source(lora, arch, arch_config, inputs, timesteps, guidance).open(model)
     options = PlanOptions(**asked, **max_latency, **max_size)
     path = destination or Path(f"{student.config.name}-{device.name}.plan.toml")
     with output.progress() as progress:

@@ -131,6 +131,7 @@ def command(
     arch_config: Path | None,
     inputs: Path | None,
     timesteps: tuple[str, ...],
+    guidance: float | None,
     **asked: Any,
 ) -> None:
     """Make MODEL smaller for a device: whole channels, heads, feed-forward units and blocks come out.
@@ -150,7 +151,7 @@ def command(
 
     device = load_target(target)
     names = chosen_backends(device, backends)
-    student = Source(lora, arch, arch_config, inputs, timesteps).open(model)
+    student = Source(lora, arch, arch_config, inputs, timesteps, guidance).open(model)
     options = PruneOptions(components=components or (), **asked, **max_latency)
     if heal_steps is None and (min_psnr is not None or max_drop is not None):
         raise UsageError("`--min-psnr` and `--max-drop` say when healing may end", hint="add `--heal 2000`")

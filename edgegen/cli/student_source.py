@@ -10,7 +10,7 @@ import click
 
 
 def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--lora`, `--timesteps`, `--arch`, `--arch-config`, `--inputs`: what `Source.of` reads."""
+    """`--lora`, `--timesteps`, `--guidance`, `--arch`, `--arch-config`, `--inputs`: what `Source.of` reads."""
     options = (
         click.option(
             "--lora",
@@ -24,6 +24,11 @@ def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="T,T,...",
             help="Sample at these times and not at the scheduler's own, as `999,749,499,249` for DMD2; one list a "
             "number of steps, the first is the default.",
+        ),
+        click.option(
+            "--guidance",
+            type=click.FloatRange(0, 100),
+            help="What a network that is told its guidance is told: LCM, SANA-Sprint. Default: its pipeline's own.",
         ),
         click.option(
             "--arch",

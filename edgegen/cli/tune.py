@@ -104,6 +104,7 @@ def command(
     arch_config: Path | None,
     inputs: Path | None,
     timesteps: tuple[str, ...],
+    guidance: float | None,
     **asked: Any,
 ) -> None:
     """Choose widths, blocks and precisions of MODEL together: walk the front of latency and quality for a device.
@@ -125,7 +126,7 @@ def command(
 
     device = load_target(target)
     names = chosen_backends(device, backends)
-    student = Source(lora, arch, arch_config, inputs, timesteps).open(model)
+    student = Source(lora, arch, arch_config, inputs, timesteps, guidance).open(model)
     options = TuneOptions(components=components or ("denoiser", "decoder"), **asked, **max_latency)
     try:
         chosen = parallel_config(backend=parallel or "loky")

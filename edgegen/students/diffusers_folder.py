@@ -88,6 +88,13 @@ def _text_to_picture(folder: Path, index: Mapping[str, Any]) -> Student:
         },
         f"{folder.name}/model_index.json",
     )
+    network = denoiser.part.config.get("unet") or denoiser.part.config.get("transformer") or {}
+    if network.get("time_cond_proj_dim") is not None or network.get("guidance_embeds"):
+        log.warning(
+            "the denoiser is told its guidance: %g, the default of `%s`; `--guidance` says another",
+            denoiser.part.config["guidance_scale"],
+            index["_class_name"],
+        )
     size = sum(tensor.numel() for tensor in vae.part.state.values())
     if size > LARGE:
         log.warning(

@@ -27,6 +27,8 @@ class Source:
     """`.npz` with what a student without prompts is calibrated and verified on."""
     timesteps: tuple[str, ...] = ()
     """`999,749,499,249`: the times of one number of steps, in place of the scheduler's own."""
+    guidance: float | None = None
+    """What a network that is told its guidance is told, in place of its pipeline's default."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Source:
@@ -37,6 +39,7 @@ class Source:
             options["arch_config"],
             options["inputs"],
             tuple(options["timesteps"]),
+            options["guidance"],
         )
 
     def open(self, path: Path) -> Student:
@@ -61,6 +64,10 @@ class Source:
             from edgegen.students.trusted_code import Factory, load_trusted
 
             student = load_trusted(Factory(self.arch, self.arch_config), path, arrays)
+        if self.guidance is not None:
+            from edgegen.students.guidance import with_guidance
+
+            student = with_guidance(student, self.guidance)
         if self.adapters:
             from edgegen.students.low_rank import parse_adapter, with_adapters
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from edgegen.build.graphs import Graphs
-from edgegen.errors import EdgegenError, UnsafeError
+from edgegen.errors import EdgegenError, UnsafeError, UsageError
 from edgegen.lower.backend import LowerRequest, get_backend
 from edgegen.rewrite.choose import canonical_preset, shape_preset
 from edgegen.rewrite.pipeline import Pipeline
 from edgegen.students.load import load
 from edgegen.students.sample import draw, initial_noise
+from edgegen.students.source import Source
 
 NAMES = ["sd", "lcm", "sdxl", "sd3", "sana-sprint", "pixart-alpha", "pixart-sigma", "z-image"]
 PROMPTS = ["a red car on the street", "a blue house by the sea of the cat"]
@@ -32,22 +33,57 @@ def students(saved):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_picture_is_diffusers_own(name, saved, students):
+def test_the_picture_is_diffusers_own(name, saved, students, monkeypatch):
     pipeline, call, _ = saved(name)
     student = students(name)
     assert student.config.sampler is not None
-    # Fresh noise between steps is another stream than torch's: such samplers are compared at one step.
-    steps = 1 if any(step.noise for step in student.config.sampler.table(4)) else 4
+    steps, drawn = 4, []
+    noisy = any(step.noise for step in student.config.sampler.table(steps))
+
+    def fresh(shape, **_):
+        drawn.append(shape)
+        return initial_noise(student, [7], stream=len(drawn))
+
+    if noisy:  # between steps: the streams of every runtime in place of torch's own
+        monkeypatch.setattr(sys.modules[type(pipeline.scheduler).__module__], "randn_tensor", fresh)
     pictures = []
     for prompt in PROMPTS:
+        drawn.clear()
         noise = initial_noise(student, [7])
         with torch.no_grad():
             theirs = pipeline(prompt=prompt, num_inference_steps=steps, latents=noise, output_type="pt", **call)[0]
         ours = (draw(student, [prompt], [7], steps) / 2 + 0.5).clamp(0, 1)
-        assert theirs.std() > 0.01
+        assert theirs.std() > 0.01 and bool(drawn) == noisy
         torch.testing.assert_close(ours, theirs.float(), atol=2e-4, rtol=0)
         pictures.append(ours)
     assert (pictures[0] - pictures[1]).abs().max() > 1e-5, "a picture that no prompt moves would agree with any"
+
+
+@pytest.mark.parametrize(("name", "scale"), [("lcm", 3.0), ("sana-sprint", 2.0)])
+def test_another_guidance_is_diffusers_own(name, scale, saved, students, caplog):
+    pipeline, call, folder = saved(name)
+    student = Source(guidance=scale).open(folder)
+    assert "told its guidance" in caplog.text
+    noise = initial_noise(student, [7])
+    with torch.no_grad():
+        theirs = pipeline(
+            prompt=PROMPTS[0],
+            num_inference_steps=1,
+            latents=noise,
+            output_type="pt",
+            **{**call, "guidance_scale": scale},
+        )[0]
+    ours = (draw(student, PROMPTS[:1], [7], 1) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(ours, theirs.float(), atol=2e-4, rtol=0)
+    default = students(name)
+    assert (draw(default, PROMPTS[:1], [7], 1) - 2 * ours + 1).abs().max() > 1e-4
+    assert student.components["denoiser"].fingerprint != default.components["denoiser"].fingerprint
+
+
+def test_a_network_that_is_told_no_guidance_takes_none(saved):
+    with pytest.raises(UsageError, match="not told a guidance") as caught:
+        Source(guidance=2.0).open(saved("sd")[2])
+    assert "--guidance" in caught.value.hint
 
 
 def test_a_missing_package_is_told_how_to_be_installed(saved, monkeypatch):
