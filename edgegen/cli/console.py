@@ -100,7 +100,14 @@ def reporting(command: Callable[..., R]) -> Callable[..., R]:
     @click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr except errors.")
     @wraps(command)
     def wrapped(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> R:
-        return command(*args, output=Output(json=as_json, quiet=quiet), **kwargs)
+        logger = logging.getLogger("edgegen")
+        level = logger.level
+        if quiet:
+            logger.setLevel(logging.ERROR)
+        try:
+            return command(*args, output=Output(json=as_json, quiet=quiet), **kwargs)
+        finally:
+            logger.setLevel(level)
 
     return wrapped
 
