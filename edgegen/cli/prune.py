@@ -9,11 +9,17 @@ import click
 
 from edgegen.cli.amounts import milliseconds_or_share, share
 from edgegen.cli.console import Output, clean, names_between_commas, reporting
+from edgegen.cli.levels_table import levels_text
 from edgegen.cli.student_source import source_options
 
 if TYPE_CHECKING:
-    from edgegen.prune.command import Made
-    from edgegen.prune.heal import Healed
+    from collections.abc import Sequence
+
+    from edgegen.prune.command import Made, PruneOptions
+    from edgegen.prune.heal import Healed, HealOptions
+    from edgegen.prune.nested import Nested
+    from edgegen.students.student import Student
+    from edgegen.targets import Target
 
 SHOWN = 3
 """Names of spaces that are listed for one reason."""
@@ -45,6 +51,16 @@ def _macs(_: click.Context, __: click.Parameter, value: str | None) -> dict[str,
     return found
 
 
+def _levels(_: click.Context, __: click.Parameter, value: str | None) -> list[dict[str, float]] | None:
+    """`75%,50%,30%`; a level may be `denoiser=60%:decoder=50%`."""
+    return None if value is None else [_macs(_, __, level.replace(":", ",")) for level in value.split(",")]
+
+
+def _level_name(shares: dict[str, float]) -> str:
+    """`75` of 75 % of each, `denoiser60-decoder50` of those."""
+    return "-".join(f"{name}{asked * 100:.6g}" for name, asked in shares.items())
+
+
 @click.command("prune")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--target", required=True, metavar="NAME", help="Device whose kernels decide widths and latency.")
@@ -67,6 +83,19 @@ def _macs(_: click.Context, __: click.Parameter, value: str | None) -> dict[str,
 )
 @click.option(
     "--max-macs", callback=_macs, metavar="SHARE", help="`60%` of each component's, or `denoiser=60%,decoder=50%`."
+)
+@click.option(
+    "--levels",
+    callback=_levels,
+    metavar="SHARE,SHARE[,...]",
+    help="Several nested sizes in one checkpoint, the largest first: `75%,50%,30%` of each component's MACs; a level "
+    "may be `denoiser=60%:decoder=50%`. `edgegen build` picks the one that fits.",
+)
+@click.option(
+    "--level-names",
+    callback=names_between_commas,
+    metavar="NAME,NAME[,...]",
+    help="Of --levels, in their order. Default: their shares, as `75`.",
 )
 @click.option(
     "--ratio",
@@ -119,6 +148,8 @@ def command(
     backends: tuple[str, ...] | None,
     components: tuple[str, ...] | None,
     max_latency: dict[str, Any],
+    levels: list[dict[str, float]] | None,
+    level_names: tuple[str, ...] | None,
     heal_steps: int | None,
     heal_rate: float,
     heal_batch: int,
@@ -139,13 +170,15 @@ def command(
     What is left is a dense student like any other: `edgegen build`, `plan` and `student eval` take it. Importance is
     what a unit does to the final picture, on the student's own trajectory. With --heal, what is left then learns to
     answer as MODEL does, from noise and prompts alone.
+
+    With --levels, OUTPUT holds several nested sizes of which every device takes the one that fits it, and --heal trains
+    all of them together.
     """
     from edgegen.build.recipe import chosen_backends
     from edgegen.cache import Cache
     from edgegen.errors import UsageError
     from edgegen.prune.command import PruneOptions, prune
     from edgegen.prune.heal import HealOptions, heal, require_drawing
-    from edgegen.students.checkpoint import save_pt
     from edgegen.students.source import Source
     from edgegen.targets import load_target
 
@@ -157,20 +190,70 @@ def command(
         raise UsageError("`--min-psnr` and `--max-drop` say when healing may end", hint="add `--heal 2000`")
     if heal_steps is not None:
         require_drawing(student)
+    how = None
+    if heal_steps is not None:
+        how = HealOptions(heal_steps, heal_batch, heal_rate, max_drop=max_drop, min_psnr=min_psnr)
+    if levels is not None:
+        if any(asked[one] for one in ("ratio", "uniform", "max_macs")) or max_latency:
+            raise UsageError(
+                "`--levels` says how small every level is, and so do `--max-macs`, `--max-latency` and `--ratio`",
+                hint="give one of them",
+            )
+        if min_psnr is not None or max_drop is not None:
+            raise UsageError(
+                "`--min-psnr` and `--max-drop` end the healing of one size; levels take all their steps together",
+                hint="leave them out, and see what every level came to in the table",
+            )
+        made_levels = _nested(student, device, names, options, levels, level_names, how, output)
+        _write(made_levels.student, destination)
+        data = {"path": str(destination), "sha256": made_levels.student.fingerprint, **made_levels.summary()}
+        output.report(data, lambda: clean(f"{levels_text(made_levels)}\n\n{destination}"))
+        return
+    if level_names is not None:
+        raise UsageError("`--level-names` names levels, and there are none", hint="add `--levels 75%,50%,30%`")
     healed = None
     with output.progress() as progress:
         made = prune(student, device, names, options, Cache(None), progress)
         smaller = made.student
-        if heal_steps is not None:
-            how = HealOptions(heal_steps, heal_batch, heal_rate, max_drop=max_drop, min_psnr=min_psnr)
+        if how is not None:
             healed = heal(student, smaller, how, Cache(None), progress)
             smaller = healed.student
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        save_pt(smaller, destination)
+        _write(smaller, destination)
     data = {"path": str(destination), "sha256": smaller.fingerprint, **made.summary()}
     if healed is not None:
         data["healing"] = healed.summary()
     output.report(data, lambda: clean("\n".join([text(made), *_healing(healed), "", str(destination)])))
+
+
+def _write(student: Student, destination: Path) -> None:
+    from edgegen.students.checkpoint import save_pt
+
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    save_pt(student, destination)
+
+
+def _nested(
+    student: Student,
+    target: Target,
+    backends: Sequence[str],
+    options: PruneOptions,
+    levels: Sequence[dict[str, float]],
+    names: Sequence[str] | None,
+    how: HealOptions | None,
+    output: Output,
+) -> Nested:
+    from edgegen.cache import Cache
+    from edgegen.errors import UsageError
+    from edgegen.prune.nested import Asked, heal_nested, nested_levels
+
+    if names is not None and len(names) != len(levels):
+        raise UsageError(
+            f"`--level-names` has {len(names)} names and `--levels` {len(levels)} levels", hint="give each level a name"
+        )
+    asked = [Asked(name, one) for name, one in zip(names or map(_level_name, levels), levels, strict=True)]
+    with output.progress() as progress:
+        made = nested_levels(student, target, backends, asked, options, Cache(None), progress)
+        return made if how is None else heal_nested(student, made, how, Cache(None), progress)
 
 
 def _healing(healed: Healed | None) -> list[str]:

@@ -16,6 +16,7 @@ from edgegen.graph.count import GraphCount, count
 from edgegen.precision.options import Progress
 from edgegen.prune.apply import pruned, require_modules
 from edgegen.prune.check import check
+from edgegen.prune.elastic import require_one_size
 from edgegen.prune.find import find
 from edgegen.prune.find import spaces as find_spaces
 from edgegen.prune.importance import Floats, Probe, confirmed, importance, magnitude
@@ -112,7 +113,8 @@ def prune(
 ) -> Made:
     """A smaller `student`. UsageError for what cannot be asked of it, GateError for a budget below what the smallest
     legal network needs."""
-    names = _components(student, options)
+    require_one_size(student, "pruning")
+    names = components_of(student, options)
     if options.separable:
         return _separated(student, target, backends, options, cache, progress)
     if options.ratio is None and not options.max_macs and options.max_latency is None:
@@ -190,7 +192,7 @@ def _separated(
             "`--separable` and `--max-latency` are not weighed against each other",
             hint="give `--max-macs` beside `--separable`, or prune what comes out once more: `--max-latency 0.6x`",
         )
-    whole = {name: count(capture(student.components[name])) for name in _components(student, options)}
+    whole = {name: count(capture(student.components[name])) for name in components_of(student, options)}
     trial = Trial.of(student, options.steps, options.samples)
     records = separate(student, options.separable, trial, progress.stage, progress.advance)
     lighter = pruned(student, records)
@@ -219,7 +221,8 @@ def _separated(
     return replace(made, parts=parts, latency={}, psnr=round(-10 * math.log10(max(loss, 1e-15)), 2))
 
 
-def _components(student: Student, options: PruneOptions) -> tuple[str, ...]:
+def components_of(student: Student, options: PruneOptions) -> tuple[str, ...]:
+    """What is pruned; UsageError for what is not there, is a finished graph, or has a budget and is not pruned."""
     drawn = student.config.sampler is not None
     names = options.components or (("denoiser", "decoder") if drawn else tuple(student.components))
     for name in (*names, *options.separable, *(one for one in options.max_macs if one)):
@@ -270,7 +273,7 @@ def _searched(
     )
     whole = assembled.whole.totals
     caps = {f"macs {name}": share * whole[f"macs {name}"] for name, share in _shares(options, names).items()}
-    factors, source = _scaled(target, backends, options, cache, progress)
+    factors, source = scaled(target, backends, options, cache, progress)
     if options.max_latency is not None:
         for name in backends:
             cost = f"latency {name}"
@@ -289,7 +292,7 @@ def _searched(
     return assembled.prunings(choice), latency, source
 
 
-def _scaled(
+def scaled(
     target: Target, backends: Sequence[str], options: PruneOptions, cache: Cache, progress: Progress
 ) -> tuple[dict[str, float], str]:
     """Backend -> milliseconds of the target for each of this machine, and where that is from; 1 for a target whose

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from edgegen.prune.heal import (
     Healing,
     HealOptions,
     Progress,
+    between,
     healing_fingerprint,
     require_drawing,
     save_weights,
@@ -167,9 +168,9 @@ def check_nested(levels: Levels) -> None:
 
 def nested(outer: Pruning, inner: Pruning) -> bool:
     """Whether what `inner` keeps is among what `outer` keeps; both of the same network."""
-    if not outer.removed.keys() <= inner.removed.keys():
-        return False
     gone = tuple(f"{path}." for path in inner.removed)
+    if any(path not in inner.removed and not path.startswith(gone) for path in outer.removed):
+        return False
     for name, dims in outer.cuts.items():
         if gone and name.startswith(gone):
             continue
@@ -178,6 +179,48 @@ def nested(outer: Pruning, inner: Pruning) -> bool:
             if small is None or large is None or not set(small) <= set(large):
                 return False
     return True
+
+
+def with_levels(student: Student, levels: Levels) -> Student:
+    """`student` with the sub-networks that `levels` cut out of it, the largest first, and with no weight that none of
+    them has: what is stored is the largest. EdgegenError for levels that are not nested."""
+    check_nested(levels)
+    alone = without_levels(student)
+    largest = next(iter(levels.values()), {})
+    left = {
+        name: {part: between(largest.get(part), cut) for part, cut in cuts.items()} for name, cuts in levels.items()
+    }
+    stored = pruned(alone, largest)
+    named = {name: {part: cut for part, cut in cuts.items() if cut != Pruning()} for name, cuts in left.items()}
+    return replace(stored, config=stored.config.model_copy(update={"levels": named}))
+
+
+def without_levels(student: Student) -> Student:
+    """What the checkpoint stores, as a student of one size."""
+    return replace(student, config=student.config.model_copy(update={"levels": {}}))
+
+
+def require_one_size(student: Student, what: str) -> None:
+    """UsageError, with the commands that take one out, for a checkpoint that holds several sizes."""
+    if student.config.levels:
+        names = ", ".join(f"`{one}`" for one in student.config.levels)
+        first = next(iter(student.config.levels))
+        raise UsageError(
+            f"student `{student.config.name}` holds several sizes ({names}), and {what} is for one",
+            hint=f"take one out: `edgegen student level MODEL {first} -o one.pt`",
+        )
+
+
+def chosen_level(student: Student, name: str | None) -> Student:
+    """`student` at the level `name`; UsageError where it holds several and none is named, or has none of that name."""
+    if name is not None:
+        return at_level(student, name)
+    if student.config.levels:
+        known = ", ".join(f"`--level {one}`" for one in student.config.levels)
+        raise UsageError(
+            f"student `{student.config.name}` holds several sizes, and nothing says which", hint=f"use {known}"
+        )
+    return student
 
 
 def at_level(student: Student, name: str) -> Student:
@@ -190,5 +233,4 @@ def at_level(student: Student, name: str) -> Student:
     if name not in levels:
         known = ", ".join(f"`--level {one}`" for one in levels)
         raise UsageError(f"student `{student.config.name}` has no level `{name}`", hint=f"use {known}")
-    alone = Student(student.config.model_copy(update={"levels": {}}), student.components, student.tokenizer_json)
-    return pruned(alone, levels[name])
+    return pruned(without_levels(student), levels[name])

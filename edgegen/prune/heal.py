@@ -356,6 +356,8 @@ def between(before: Pruning | None, after: Pruning) -> Pruning:
                 place = {position: index for index, position in enumerate(left)}
                 if any(position not in place for position in now):
                     raise EdgegenError(f"`{name}` of the pruned student holds what its teacher does not have any more")
+                if len(now) == len(left):
+                    continue
                 now = tuple(place[position] for position in now)
             cuts.setdefault(name, {})[dim] = now
     return Pruning.of(cuts, {path: way for path, way in after.removed.items() if path not in before.removed}, ranks)

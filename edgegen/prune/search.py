@@ -71,7 +71,8 @@ class Removal:
 @dataclass(frozen=True)
 class Problem:
     """`fixed`: what every choice costs. `caps`: name of a cost or loss -> the most that a choice may have of it.
-    `minimise`: weights of costs and losses in what is made small."""
+    `minimise`: weights of costs and losses in what is made small. `allowed`: ladder -> the levels that it may have, any
+    where it is not named. `gone`: works that a removal has to take away."""
 
     ladders: tuple[Ladder, ...]
     works: tuple[Work, ...]
@@ -79,6 +80,8 @@ class Problem:
     fixed: Mapping[str, float] = field(default_factory=dict)
     caps: Mapping[str, float] = field(default_factory=dict)
     minimise: Mapping[str, float] = field(default_factory=dict)
+    allowed: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    gone: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,15 @@ class _Program:
         shape = (len(self._low), len(self.binary) + more)
         return LinearConstraint(coo_array((values, (rows, columns)), shape=shape).tocsr(), self._low, self._high)
 
+    def highest(self) -> NDArray[np.float64]:
+        """Of every variable: 0 of levels that are not allowed and of options of works that have to go, else 1."""
+        made = np.ones(len(self.binary))
+        for name, allowed in self.problem.allowed.items():
+            made[[one for level, one in enumerate(self.level[name]) if level not in allowed]] = 0.0
+        for name in self.problem.gone:
+            made[self.option[name]] = 0.0
+        return made
+
     def row(self, name: str) -> NDArray[np.float64]:
         """Of every variable, what it adds to a cost or loss."""
         made = np.zeros(len(self.binary))
@@ -265,7 +277,7 @@ def _milp(
     objective: NDArray[np.float64], program: _Program, constraints: Sequence[LinearConstraint], excesses: int = 0
 ) -> OptimizeResult:
     whole = np.concatenate([np.array(program.binary, dtype=np.int64), np.zeros(excesses, dtype=np.int64)])
-    high = np.concatenate([np.ones(len(program.binary)), np.full(excesses, np.inf)])
+    high = np.concatenate([program.highest(), np.full(excesses, np.inf)])
     with muted():
         return milp(
             objective,

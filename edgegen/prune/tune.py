@@ -18,6 +18,7 @@ from edgegen.cache import Cache
 from edgegen.errors import UsageError
 from edgegen.precision.options import Progress
 from edgegen.prune.assemble import Assembled, Options, assemble
+from edgegen.prune.elastic import require_one_size
 from edgegen.prune.find import spaces as find
 from edgegen.prune.importance import Probe, importance
 from edgegen.prune.precisions import priced
@@ -108,6 +109,7 @@ def tune(
     student: Student, target: Target, backends: Sequence[str], options: TuneOptions, cache: Cache, progress: Progress
 ) -> Tuned:
     """Walk the front. UsageError for what cannot be asked, GateError for caps that nothing keeps to."""
+    require_one_size(student, "a search of its size")
     if student.config.sampler is None:
         raise UsageError(
             f"student `{student.config.name}` draws no pictures that a budget could be weighed against",

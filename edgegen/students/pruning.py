@@ -116,6 +116,10 @@ class Pruning(BaseModel):
             raise EdgegenError(f"pruning separates `{twice[0]}`, which is separated already", PRUNE_HINT)
         first_ = self.separating(other.separated)
         removed = {**self.removed, **other.removed}
+        # A block that goes takes with it what was removed within it before.
+        removed = {
+            path: way for path, way in removed.items() if not path.startswith(tuple(f"{one}." for one in removed))
+        }
         gone = tuple(f"{path}." for path in removed)
         separated = {
             path: rank

@@ -1,6 +1,7 @@
 """The search of widths, blocks and precisions against every choice there is."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,6 +102,25 @@ def test_the_excesses_of_the_nearest_are_least():
         search(problem)
     assert caught.value.best == {"time": pytest.approx(2.0), "bytes": None}
     assert caught.value.nearest.levels == {"s": 1}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_levels_that_are_not_allowed_and_works_that_have_to_go(seed):
+    """Against every choice there is."""
+    problem = random_problem(seed)
+    rng = np.random.default_rng(seed)
+    allowed = {one.name: frozenset(range(int(rng.integers(one.levels)), one.levels)) for one in problem.ladders}
+    gone = problem.removals[0].works if problem.removals else frozenset()
+    problem = replace(problem, minimise={"loss": 1.0}, allowed=allowed, gone=gone)
+    kept = [
+        total(problem, levels, options, removed)["loss"]
+        for levels, options, removed in every(problem)
+        if all(levels[name] in those for name, those in allowed.items()) and all(options[name] is None for name in gone)
+    ]
+    found = search(problem)
+    assert all(found.levels[name] in those for name, those in allowed.items())
+    assert all(found.options[name] is None for name in gone)
+    assert found.totals["loss"] == pytest.approx(min(kept), abs=1e-4)
 
 
 def test_of_two_removals_that_share_work_one_is_chosen():
