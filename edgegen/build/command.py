@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgegen.build.graphs import Graphs
+from edgegen.build.levels import LatencyBudget, SizeOptions, sized
 from edgegen.build.pipeline import Built, build_all, raise_for_failures
 from edgegen.build.progress import Progress
-from edgegen.build.recipe import BuildOptions, Recipe, resolve
+from edgegen.build.recipe import BuildOptions, Recipe
 from edgegen.cache import Cache
 from edgegen.lower.backend import Precision
+from edgegen.prune.elastic import without_levels
 from edgegen.students.shrink import smoke_copy
 from edgegen.students.source import Source
 from edgegen.students.student import Student
@@ -35,6 +38,9 @@ class BuildRequest:
     plan: Path | None = None
     one_package: bool | None = None
     max_memory: int | None = None
+    level: str | None = None
+    """Of a checkpoint that holds several sizes; None leaves it to each target."""
+    max_latency: LatencyBudget | None = None
     dump_ir: Path | None = None
     """Folder for every graph after every pass: `<target>/<backend>/<component>/`."""
     shrink: Path | None = None
@@ -45,15 +51,17 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A loaded student and one resolved recipe a target: all that can be refused was refused."""
+    """A loaded student and one resolved recipe a target: all that can be refused was refused. `sizes`: of each recipe,
+    what it builds, which is the student itself unless that holds several sizes."""
 
     student: Student
     recipes: tuple[Recipe, ...]
+    sizes: tuple[Student, ...]
     dump_ir: Path | None = None
     shrink: Path | None = None
 
 
-def prepare(request: BuildRequest) -> Prepared:
+def prepare(request: BuildRequest, progress: Progress) -> Prepared:
     """Targets are looked up before the model is opened, so that a typing error costs nothing."""
     targets = [load_target(name) for name in request.targets]
     student = request.source.open(request.model)
@@ -68,10 +76,13 @@ def prepare(request: BuildRequest) -> Prepared:
         request.max_memory,
         request.one_package,
     )
-    recipes = [
-        resolve(student, target, options, _output(request, student, target.name, len(targets))) for target in targets
-    ]
-    return Prepared(student, tuple(recipes), request.dump_ir, request.shrink)
+    sizes, graphs, cache = SizeOptions(request.level, request.max_latency), Graphs(), Cache(None)
+    chosen = []
+    for target in targets:
+        output = _output(request, student, target.name, len(targets))
+        chosen.append(sized(student, target, options, sizes, output, graphs, cache, progress))
+    students, recipes = zip(*chosen, strict=True)
+    return Prepared(student, recipes, students, request.dump_ir, request.shrink)
 
 
 def _output(request: BuildRequest, student: Student, target: str, targets: int) -> Path:
@@ -86,16 +97,28 @@ def run(prepared: Prepared, progress: Progress, *, smoke: bool = False) -> list[
     cache = Cache(None)
     if smoke:
         _smoke(prepared, cache, progress)
-    built = build_all(
-        prepared.student, prepared.recipes, cache, progress, dump_ir=prepared.dump_ir, shrink=prepared.shrink
-    )
-    raise_for_failures(built)
-    return built
+    built: dict[int, Built] = {}
+    for places in _alike(prepared.sizes):
+        recipes = [prepared.recipes[place] for place in places]
+        student = prepared.sizes[places[0]]
+        made = build_all(student, recipes, cache, progress, dump_ir=prepared.dump_ir, shrink=prepared.shrink)
+        built |= dict(zip(places, made, strict=True))
+    ordered = [built[place] for place in sorted(built)]
+    raise_for_failures(ordered)
+    return ordered
+
+
+def _alike(students: Sequence[Student]) -> list[list[int]]:
+    """Places of the same student: they share a reference."""
+    found: dict[str, list[int]] = {}
+    for place, student in enumerate(students):
+        found.setdefault(student.fingerprint, []).append(place)
+    return list(found.values())
 
 
 def _smoke(prepared: Prepared, cache: Cache, progress: Progress) -> None:
     """All stages on the two-layer copy, in a folder that is thrown away; only its failures are of interest."""
-    small = smoke_copy(prepared.student)
+    small = smoke_copy(without_levels(prepared.student))
     folder = Path(tempfile.mkdtemp(prefix="edgegen-smoke-"))
     try:
         recipes: Sequence[Recipe] = [

@@ -78,15 +78,26 @@ def foreseen_parts(
 ) -> dict[str, dict[str, int]]:
     """Backend -> component -> into how many files it will be cut, as far as that is known before any picture is drawn:
     1 where the decoder has to be tiled first."""
+    return {
+        backend: dict.fromkeys(canonical, 1)
+        if isinstance(plan, TooLarge)
+        else {name: one.parts for name, one in plan.components.items()}
+        for backend, plan in foreseen(student, recipe, graphs, canonical).items()
+    }
+
+
+def foreseen(
+    student: Student, recipe: Recipe, graphs: Graphs, canonical: Mapping[str, Pipeline]
+) -> dict[str, MemoryPlan | TooLarge]:
+    """Backend -> how its artifacts will share memory without tiles, or what does not fit then."""
     found = {name: footprint(graphs.canonical(student.components[name], canonical[name]).program) for name in canonical}
-    parts: dict[str, dict[str, int]] = {}
+    plans: dict[str, MemoryPlan | TooLarge] = {}
     for backend in recipe.backends:
         try:
-            plan = _share(recipe, backend, found, {})
-            parts[backend.name] = {name: one.parts for name, one in plan.components.items()}
-        except TooLarge:
-            parts[backend.name] = dict.fromkeys(found, 1)
-    return parts
+            plans[backend.name] = _share(recipe, backend, found, {})
+        except TooLarge as error:
+            plans[backend.name] = error
+    return plans
 
 
 def _share(

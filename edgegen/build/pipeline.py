@@ -64,6 +64,7 @@ class Built:
         return {
             "target": self.recipe.target,
             "path": str(self.path),
+            **({} if self.recipe.level is None else {"level": self.recipe.level.model_dump(mode="json")}),
             "backends": {report.backend: summarise(self.manifest, report) for report in self.reports},
             **({"rewrites": self.rewrites} if time_passes else {}),
         }

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from edgegen.build.residency import Ceiling
+from edgegen.bundle.level import LevelChoice
 from edgegen.bundle.manifest import Gates
 from edgegen.errors import UsageError
 from edgegen.lower.backend import BACKENDS, HeldTo, Precision, get_backend
@@ -86,6 +87,8 @@ class Recipe(BaseModel):
     plan: PrecisionPlan | None = None
     repaired: Path | None = None
     """The tensors that the plan's repairs changed."""
+    level: LevelChoice | None = None
+    """The size that this build takes, where there was anything to choose or to hold a size against."""
     steps: int | None
     max_pieces: int | None = None
     """A graph that would be cut into more is not lowered."""
@@ -106,6 +109,8 @@ class Recipe(BaseModel):
         """What shaped the bundle, as flat text for the manifest."""
         chosen: dict[str, str] = {f"backend.{b.name}.precision": b.precision for b in self.backends}
         chosen |= {f"backend.{b.name}.{key}": value for b in self.backends for key, value in b.options.items()}
+        if self.level is not None and self.level.name is not None:
+            chosen["level"] = self.level.name
         return {**chosen, "steps": str(self.steps)} if self.steps else chosen
 
 

@@ -67,6 +67,7 @@ def manifest_of(
         frames_per_second=config.frames_per_second,
         notes=config.notes,
         example_prompts=config.example_prompts,
+        level=recipe.level,
         memory=memory.plans,
         tilings=memory.tilings,
         fixtures=fixtures,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from edgegen.bundle.level import LevelChoice
 from edgegen.bundle.memory import MemoryPlan
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.graph.tiles import Tiling
@@ -217,6 +218,9 @@ class Manifest(_Model):
     """What a reader must know of the checkpoint itself."""
     fixtures: tuple[Fixture, ...] = ()
     component_fixtures: tuple[ComponentFixture, ...] = ()
+    level: LevelChoice | None = None
+    """Of a checkpoint that holds several sizes, or of a student that was held against a latency: what was taken, and
+    why."""
     memory: dict[str, MemoryPlan] = {}
     """Backend -> how its artifacts share the device's memory."""
     tilings: dict[str, Tiling] = {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgegen.cli.amounts import byte_count
+from edgegen.cli.amounts import byte_count, milliseconds_or_share
 from edgegen.cli.console import Output, names_between_commas, reporting
 from edgegen.cli.student_source import source_options
 
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from edgegen.build.pipeline import Built
     from edgegen.build.recipe import Recipe
     from edgegen.lower.backend import Precision
+
+
+def _latency(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, bool] | None:
+    """`120ms`; `0.6x` or `60%` of the largest level's."""
+    return None if value is None else milliseconds_or_share(value)
 
 
 @click.command("build")
@@ -64,6 +69,18 @@ if TYPE_CHECKING:
     "in tiles. Default: the target's.",
 )
 @click.option(
+    "--max-latency",
+    callback=_latency,
+    metavar="MS|SHARE",
+    help="Of a picture, estimated: `120ms`, or `0.6x` of the largest level. Of a checkpoint with several sizes the "
+    "largest that keeps to it is built; exit 3 where none does.",
+)
+@click.option(
+    "--level",
+    metavar="NAME",
+    help="Of a checkpoint with several sizes. Default: for each target the largest that fits.",
+)
+@click.option(
     "--one-package/--package-each",
     default=None,
     help="Core ML, iOS 18 and later: one package with functions `encode`, `denoise` and `decode`, or a package for "
@@ -99,6 +116,8 @@ def command(
     require_full_delegation: bool,
     max_pieces: int | None,
     max_memory: int | None,
+    max_latency: tuple[float, bool] | None,
+    level: str | None,
     one_package: bool | None,
     passes: str | None,
     dump_ir: Path | None,
@@ -114,6 +133,7 @@ def command(
     only when every gate is met; otherwise what was made goes to OUTPUT.failed.
     """
     from edgegen.build.command import BuildRequest, prepare, run
+    from edgegen.build.levels import LatencyBudget
     from edgegen.students.source import Source, unavailable
 
     request = BuildRequest(
@@ -126,6 +146,8 @@ def command(
         require_full_delegation=require_full_delegation,
         max_pieces=max_pieces,
         max_memory=max_memory,
+        max_latency=None if max_latency is None else LatencyBudget(*max_latency),
+        level=level,
         one_package=one_package,
         passes=passes,
         plan=plan,
@@ -133,7 +155,8 @@ def command(
         shrink=shrink,
         source=Source.of(source),
     )
-    prepared = prepare(request)
+    with output.progress() as progress:
+        prepared = prepare(request, progress)
     for line in unavailable(prepared.student):
         output.say(f"not to be had: {line}")
     if dry_run:
@@ -149,6 +172,8 @@ def command(
 
 
 def _recipe_text(recipe: Recipe) -> str:
+    from edgegen.report.levels import level_lines
+
     lines = [f"{recipe.student} for {recipe.target} -> {recipe.output}"]
     for backend in recipe.backends:
         options = " ".join(f"{key}={value}" for key, value in backend.options.items())
@@ -159,6 +184,8 @@ def _recipe_text(recipe: Recipe) -> str:
             lines.append(f"  join     {backend.name}: one package with {named}")
     lines += [f"  decline  {name}: {reason}" for name, reason in recipe.declined.items()]
     lines += [f"  passes   {name}: {', '.join(passes) or 'none'}" for name, passes in recipe.canonical.items()]
+    if recipe.level is not None:
+        lines += [f"  level    {line}" for line in level_lines(recipe.level)]
     lines.append(f"  memory   {_size(recipe.memory.bytes)} at most ({recipe.memory.source})")
     if recipe.steps is not None:
         lines.append(f"  steps    {recipe.steps}")
@@ -181,8 +208,11 @@ def _size(count: int) -> str:
 
 
 def _text(built: Built, time_passes: bool) -> str:
+    from edgegen.report.levels import level_lines
     from edgegen.report.rewrites import timing_table
     from edgegen.report.summary import summary_table
 
     times = f"\n\n{timing_table(built.rewrites)}\n" if time_passes else ""
-    return f"{summary_table(built.manifest, built.reports)}{times}\n{built.path}"
+    level = built.manifest.level
+    sizes = "" if level is None else "\n" + "\n".join(level_lines(level))
+    return f"{summary_table(built.manifest, built.reports)}{sizes}{times}\n{built.path}"

@@ -64,6 +64,7 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> dict[str,
     help="What may be used beside the float: `w8a8,w8`. Default: all that the target executes.",
 )
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), help="Of what stays float. Default: the target's.")
+@click.option("--level", metavar="NAME", help="Of a checkpoint that holds several sizes: the one to plan for.")
 @click.option("--steps", type=click.IntRange(min=1), help="Sampling steps whose picture is judged.")
 @click.option(
     "--max-latency", callback=_latency, metavar="SHARE|MS", help="`0.45` of fp32's, or `20ms`; both are estimates."
@@ -100,6 +101,7 @@ def command(
     destination: Path | None,
     max_latency: dict[str, Any],
     max_size: dict[str, Any],
+    level: str | None,
     output: Output,
     lora: tuple[str, ...],
     arch: str | None,
@@ -119,12 +121,13 @@ def command(
     from edgegen.cache import Cache
     from edgegen.precision.options import PlanOptions
     from edgegen.precision.planner import make_plan, write_planned
+    from edgegen.prune.elastic import chosen_level
     from edgegen.students.source import Source
     from edgegen.targets import load_target
 
     device = load_target(target)
     names = chosen_backends(device, backends)
-    student = Source(lora, arch, arch_config, inputs, timesteps, guidance).open(model)
+    student = chosen_level(Source(lora, arch, arch_config, inputs, timesteps, guidance).open(model), level)
     options = PlanOptions(**asked, **max_latency, **max_size)
     path = destination or Path(f"{student.config.name}-{device.name}.plan.toml")
     with output.progress() as progress:

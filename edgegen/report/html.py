@@ -17,6 +17,7 @@ from typing import Literal
 from edgegen.bundle.manifest import Artifact, Manifest, stored_bytes
 from edgegen.profile.host import Host, ProfileReport
 from edgegen.report.front import draw_front
+from edgegen.report.levels import figures
 from edgegen.report.rewrites import Rewrites, rewrites_by_backend
 from edgegen.verify.gates import decibels, describe_delegation, sensitivity_met
 from edgegen.verify.outcome import ComponentParity, Outcome, ParityReport, SensitivityStep
@@ -88,6 +89,7 @@ def render(
         "delegation": describe_delegation,
         "png": png_data_uri,
         "tone": _tone,
+        "figures": figures,
     }
     backends = [*parity, *(one.backend for one in manifest.artifacts if one.backend not in parity)]
     return environment.get_template("report.html.j2").render(

@@ -30,10 +30,14 @@ def prepare_dump(folder: Path) -> None:
 
 
 def load_model(path: Path, bundle: Bundle) -> Student:
-    """The student at `path`; UsageError when it is not the one that `bundle` was built from."""
+    """The student at `path`, of several sizes the one that `bundle` has; UsageError when `bundle` was built from
+    another."""
+    from edgegen.prune.elastic import at_level
     from edgegen.students.load import load
 
-    student = load(path)
+    student, level = load(path), bundle.manifest.level
+    if level is not None and level.name in student.config.levels:
+        student = at_level(student, level.name)
     if student.fingerprint != bundle.manifest.student_sha256:
         raise UsageError(
             f"`{path}` is not the student that `{bundle.root}` was built from",
