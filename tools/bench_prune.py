@@ -2,7 +2,7 @@
 
     python tools/bench_prune.py --work runs/prune --markdown docs/benchmarks/prune-shapes.md
 
-Five parts, in this order; each writes what it found before the next begins, and what was found for the same student
+Six parts, in this order; each writes what it found before the next begins, and what was found for the same student
 with the same settings is not made again (`--again` forgets it). Healing that was killed goes on where it was.
 
 - asked: the denoiser without 40 % of its MACs, the decoder without half of its own, healed.
@@ -12,6 +12,8 @@ with the same settings is not made again (`--again` forgets it). Healing that wa
 - small: the student that is quantized afterwards, `--small` of both networks' MACs, healed.
 - bundles: what was asked, and the small one with a precision plan, built for this machine and drawn with in turns with
   a bundle of the float original; run it when nothing else runs.
+- elastic: nested levels of `--levels` of both networks' MACs in one checkpoint, healed together, and beside each the
+  same cut healed alone with as many steps.
 
 Alignment is over all 432 held-back prompts, through torch for students and through its own artifacts for a bundle.
 """
@@ -43,9 +45,11 @@ from edgegen.graph.count import count
 from edgegen.prune.apply import pruned
 from edgegen.prune.assemble import Assembled, Options, assemble
 from edgegen.prune.command import PruneOptions, prune
+from edgegen.prune.elastic import at_level, heal_levels, with_levels
 from edgegen.prune.find import spaces
 from edgegen.prune.heal import HealOptions, heal
 from edgegen.prune.importance import Probe, importance, magnitude
+from edgegen.prune.nested import Asked, choose
 from edgegen.prune.ratio import ratio_for
 from edgegen.prune.search import search
 from edgegen.prune.separable import separate
@@ -60,7 +64,7 @@ from edgegen.students.student import Component, Student
 from edgegen.targets import load_target
 from edgegen.verify.outcome import ParityReport
 
-PARTS = ("asked", "half", "separable", "small", "bundles")
+PARTS = ("asked", "half", "separable", "small", "bundles", "elastic")
 TARGET = "linux-x86"
 BACKENDS = ("tflite", "executorch")
 STEPS = (4, 1)
@@ -233,6 +237,24 @@ class Bench:
             return prune(student, load_target(TARGET), (), options, self.cache, Lines()).student
 
         return self.cut(name, make)
+
+    def elastic(self, levels: Sequence[float], steps: int) -> None:
+        """All levels in one checkpoint and each of them alone, from the same cuts."""
+        asked = [Asked(f"{share * 100:g}", dict.fromkeys(CUT, share)) for share in levels]
+
+        def make() -> Student:
+            cuts = {name: self._measured.prunings(one) for name, one in choose(self._measured, asked, Lines()).items()}
+            whole = self.student.config.model_copy(update={"levels": cuts})
+            return replace(self.student, config=whole)
+
+        cuts = self.cut(f"elastic {' '.join(one.name for one in asked)}", make).config.levels
+        print("elastic: heal all levels", file=sys.stderr, flush=True)
+        started, worked = time.monotonic(), time.process_time()
+        stored = with_levels(heal_levels(self.student, cuts, HealOptions(steps=steps), self.cache, Lines()), cuts)
+        seconds, cpu = time.monotonic() - started, time.process_time() - worked
+        for name, cut in cuts.items():
+            self.row(f"elastic, level {name}", at_level(stored, name), steps, seconds, cpu)
+            self.healed(f"level {name} alone", pruned(self.student, cut), steps)
 
     def uniform(self, name: str, wanted: Mapping[str, float]) -> Student:
         """One ratio for every space of a component, the largest that keeps to the MACs; units of the least norm go."""
@@ -437,6 +459,8 @@ def main() -> int:
     parser.add_argument("--heal", type=int, default=2000, help="steps of `asked` and `small`")
     parser.add_argument("--half-heal", type=int, nargs="+", default=[50, 200], help="steps of both students of `half`")
     parser.add_argument("--small", type=float, default=0.3, help="share of MACs that the quantized student keeps")
+    parser.add_argument("--levels", type=float, nargs="+", default=[0.75, 0.5, 0.3], help="shares of MACs of `elastic`")
+    parser.add_argument("--elastic-heal", type=int, default=1000, help="steps of `elastic`, together and alone")
     parser.add_argument("--limit", type=int, help="an even share of the held-back prompts instead of all 432")
     parser.add_argument("--repeats", type=int, default=40, help="pictures of each bundle that count")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -489,6 +513,8 @@ def main() -> int:
         in_turns(bench, folders, asked.repeats)
         show()
         align(bench, folders)
+    if "elastic" in asked.part:
+        bench.elastic(asked.levels, asked.elastic_heal)
     show()
     print(markdown(bench.found, settings))
     return 0

@@ -199,6 +199,11 @@ def command(
                 "`--levels` says how small every level is, and so do `--max-macs`, `--max-latency` and `--ratio`",
                 hint="give one of them",
             )
+        if asked["separable"]:
+            raise UsageError(
+                "`--levels` are all of the same convolutions",
+                hint="first `--separable 40% -o separable.pt` alone, then `--levels` of what comes out",
+            )
         if min_psnr is not None or max_drop is not None:
             raise UsageError(
                 "`--min-psnr` and `--max-drop` end the healing of one size; levels take all their steps together",

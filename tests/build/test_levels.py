@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from edgegen.prune.importance import magnitude
 from edgegen.prune.ratio import by_ratio
 from edgegen.prune.space import to_pruning
 from edgegen.students.checkpoint import save_pt
+from edgegen.students.config import StudentConfig
+from edgegen.students.student import Student
 from edgegen.targets.read import target_path
 from edgegen.verify.inside import load_model
 from tests.build.test_memory import model as wide  # noqa: F401
@@ -33,16 +36,35 @@ def elastic(wide, tmp_path_factory):  # noqa: F811
     """The wide tiny student with a decoder of 32 channels, of 16 and of 8: most of its memory is that decoder's."""
     from edgegen.students.load import load
 
+    path = tmp_path_factory.mktemp("elastic") / "elastic.pt"
+    save_pt(with_sizes(load(wide), "decoder"), path)
+    return path
+
+
+def with_sizes(student, name):
+    """Three sizes of its component `name`, a convolutional decoder: units go by magnitude."""
+    part = student.components[name]
+    found = spaces(capture(part))
+    ranks = {space: units.tolist() for space, units in magnitude(part, found).items()}
+    levels = {"large": {}}
+    for level, ratio in (("medium", 0.5), ("small", 0.75)):
+        levels[level] = {name: to_pruning(found, by_ratio(found, ranks, ratio))}
+    return with_levels(student, levels)
+
+
+@pytest.fixture(scope="module")
+def lone(wide, tmp_path_factory):  # noqa: F811
+    """The decoder as a student of one network: few kernels are to be timed. In one size, and in three."""
+    from edgegen.students.load import load
+
     student = load(wide)
     part = student.components["decoder"]
-    found = spaces(capture(part))
-    ranks = {name: units.tolist() for name, units in magnitude(part, found).items()}
-    levels = {"large": {}}
-    for name, ratio in (("medium", 0.5), ("small", 0.75)):
-        levels[name] = {"decoder": to_pruning(found, by_ratio(found, ranks, ratio))}
-    path = tmp_path_factory.mktemp("elastic") / "elastic.pt"
-    save_pt(with_levels(student, levels), path)
-    return path
+    config = StudentConfig(name="lone", task="single", components={"model": student.config.components["decoder"]})
+    alone = Student(config, {"model": dataclasses.replace(part, name="model")})
+    folder = tmp_path_factory.mktemp("lone")
+    save_pt(alone, folder / "one.pt")
+    save_pt(with_sizes(alone, "model"), folder / "three.pt")
+    return folder / "one.pt", folder / "three.pt"
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +123,8 @@ def test_the_report_says_what_was_passed_over(bundles):
     assert 'id="level"' in text and "passed over" in text and "in tiles" in text
 
 
-def test_a_share_of_latency_picks_the_largest_within_it(build_cache, elastic, capsys):
+def test_a_share_of_latency_picks_the_largest_within_it(build_cache, lone, capsys):
+    elastic = lone[1]
     everything = recipe(capsys, elastic, "--target", "linux-x86", "--max-latency", "1x")["level"]
     assert everything["name"] == "large"
     shares = [one["latency_share_estimated"]["onnx"] for one in everything["levels"]]
@@ -117,12 +140,12 @@ def test_a_share_of_latency_picks_the_largest_within_it(build_cache, elastic, ca
     assert found["name"] == "small" and len(found["levels"][1]["passed_over"]) == 1
     assert found["latency_source"].startswith("kernels timed on this machine with onnx, scaled by")
     code, out = said(capsys, elastic, "--target", "linux-x86", "--dry-run", "--max-latency", "0.01x")
-    assert code == 3 and "no level of `tiny` fits `linux-x86`" in out.err and "the nearest is `small`" in out.err
+    assert code == 3 and "no level of `lone` fits `linux-x86`" in out.err and "the nearest is `small`" in out.err
     assert out.err.count("0.01 are allowed") == 3
     code, out = said(
         capsys, elastic, "--target", "linux-x86", "--dry-run", "--level", "large", "--max-latency", f"{between:.6f}x"
     )
-    assert code == 3 and "level `large` of `tiny` does not fit" in out.err
+    assert code == 3 and "level `large` of `lone` does not fit" in out.err
 
 
 def test_a_level_that_is_named_is_taken(build_cache, elastic, box, capsys):
@@ -143,16 +166,17 @@ def test_milliseconds_of_a_device_that_nobody_timed_are_refused(elastic, capsys)
     assert code == 2 and "nobody has measured" in out.err and "`--max-latency 0.6x`" in out.err
 
 
-def test_a_student_of_one_size_is_held_against_milliseconds(build_cache, wide, capsys):  # noqa: F811
-    found = recipe(capsys, wide, "--target", "linux-x86", "--max-latency", "1000ms")["level"]
+def test_a_student_of_one_size_is_held_against_milliseconds(build_cache, lone, capsys):
+    model = lone[0]
+    found = recipe(capsys, model, "--target", "linux-x86", "--max-latency", "1000ms")["level"]
     assert found["name"] is None and found["levels"][0]["latency_ms_estimated"]["onnx"] > 0
-    assert recipe(capsys, wide, "--target", "linux-x86")["level"] is None
-    code, out = said(capsys, wide, "--target", "linux-x86", "--dry-run", "--max-latency", "0.001ms")
+    assert recipe(capsys, model, "--target", "linux-x86")["level"] is None
+    code, out = said(capsys, model, "--target", "linux-x86", "--dry-run", "--max-latency", "0.001ms")
     assert code == 3 and "0.001 ms are allowed" in out.err
     assert "`edgegen prune MODEL --target linux-x86 --max-latency 0.001ms -o small.pt`" in out.err
-    code, out = said(capsys, wide, "--target", "linux-x86", "--dry-run", "--max-latency", "0.6x")
+    code, out = said(capsys, model, "--target", "linux-x86", "--dry-run", "--max-latency", "0.6x")
     assert code == 2 and "is a share of its own" in out.err
-    code, out = said(capsys, wide, "--target", "linux-x86", "--dry-run", "--level", "small")
+    code, out = said(capsys, model, "--target", "linux-x86", "--dry-run", "--level", "small")
     assert code == 2 and "has one size" in out.err
 
 

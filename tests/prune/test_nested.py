@@ -134,6 +134,7 @@ def test_healing_trains_all_levels_and_says_what_it_made(folder, unhealed, capsy
         (("--levels", "75%,1%"), 3, "level `1`: no legal network keeps to this budget"),
         (("--levels", "75%", "--ratio", "0.4"), 2, "and so do"),
         (("--levels", "75%", "--max-macs", "60%"), 2, "and so do"),
+        (("--levels", "75%", "--separable", "60%"), 2, "are all of the same convolutions"),
         (("--levels", "75%", "--max-latency", "0.6x"), 2, "and so do"),
         (("--levels", "75%", "--heal", "3", "--min-psnr", "20"), 2, "end the healing of one size"),
     ],
