@@ -222,7 +222,7 @@ def _build(work: Path, target: str, model: Path, environment: dict[str, str]) ->
     command = [sys.executable, "-m", "edgegen.cli.main", "build", "--target", target, "--backend", "all"]
     with subprocess.Popen([*command, "-o", str(output), str(model)], env=environment) as child:
         peak = _watch(child)
-    seconds = time.perf_counter() - started
+    wall = time.perf_counter() - started
     folder = output if output.is_dir() else output.with_name(f"{output.name}.failed")
     spans = json.loads((folder / "reports/times.json").read_text())
     took = {one["name"]: one["seconds"] for one in spans}
@@ -237,7 +237,7 @@ def _build(work: Path, target: str, model: Path, environment: dict[str, str]) ->
     return Build(
         target=target,
         exit_code=child.returncode,
-        command=Cost(seconds=seconds, peak_bytes=peak),
+        command=Cost(seconds=wall, peak_bytes=peak),
         stages=stages,
         spans=[(one["name"], one["start"], one["seconds"]) for one in spans],
     )

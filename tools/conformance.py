@@ -124,8 +124,8 @@ def _edgegen(*arguments: str) -> subprocess.CompletedProcess[str]:
 def _cells(name: str, size: str, target: str, output: Path, built: subprocess.CompletedProcess[str]) -> list[Cell]:
     folder = next((one for one in (output, output.with_name(f"{output.name}.failed")) if one.is_dir()), None)
     if folder is None:
-        said = [line for line in built.stderr.splitlines() if line.strip()]
-        reason = said[0] if said else f"exit {built.returncode}"
+        said = [line for line in built.stderr.splitlines() if line.startswith("error: ")]
+        reason = said[0].removeprefix("error: ") if said else f"exit {built.returncode}"
         return [
             Cell(family=name, size=size, target=target, backend="", outcome="BUILD_FAIL", reason=reason.strip()[:300])
         ]

@@ -7,6 +7,7 @@ from torch.export import ExportedProgram
 
 from edgegen.errors import EdgegenError
 from edgegen.graph.edit import Editor, user_inputs
+from edgegen.graph.inline_regions import inline_regions
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.students.student import Component
 
@@ -24,6 +25,7 @@ def capture(component: Component) -> ExportedProgram:
             f"component `{component.name}` cannot be captured: {type(error).__name__}: {str(error).splitlines()[0]}",
             hint="the network must trace under `torch.export` with static shapes",
         ) from error
+    program = inline_regions(program)
     names = [spec.name for spec in component.inputs]
     if [node.name for node in user_inputs(program)] == names:
         return program

@@ -19,7 +19,8 @@ _GROW_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class FoldConstants(Pass):
-    """A call that reads nothing but weights (or nothing at all, as `arange`) becomes a weight.
+    """A call that reads nothing but weights (or nothing at all, as `arange`) becomes a weight; so does one that reads a
+    value without elements, which is known whatever it was made of.
 
         %w = weight                                       ->   %t = weight, transposed
         %t = aten.transpose(%w, 0, 1)
@@ -42,6 +43,10 @@ class FoldConstants(Pass):
         }
         declined: list[Decline] = []
         for node in editor.nodes():
+            made = node.meta["val"]
+            if isinstance(made, Tensor) and not made.numel():
+                known[node] = torch.empty(made.shape, dtype=made.dtype)
+                continue
             if not all(one in known for one in node.all_input_nodes):
                 continue
             reason = _refusal(node, known)
@@ -53,7 +58,7 @@ class FoldConstants(Pass):
         modified = False
         for node in [one for one in editor.nodes() if one in known]:
             value = known[node]
-            if isinstance(value, Tensor) and any(user not in known for user in node.users):
+            if isinstance(value, Tensor) and value.numel() and any(user not in known for user in node.users):
                 with editor.at(node):
                     editor.replace(node, editor.constant(value.clone(), editor.named(node, node.name)))
                 modified = True

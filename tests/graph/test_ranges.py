@@ -152,3 +152,14 @@ def test_arithmetics_differ_in_what_they_round():
     assert sqnr_db(reference[1], levels["fused"][1]) > 60 and sqnr_db(reference[1], levels["decomposed"][1]) > 50
     narrow = run_half(half, {"x": x}, "accumulating")
     assert not torch.isfinite(narrow[0]).any() and sqnr_db(reference[2], narrow[2]) < 20
+
+
+def test_values_without_elements_have_bounds_too():
+    class Padded(nn.Module):
+        def forward(self, x):
+            return x + F.pad(F.layer_norm(x[:, 4:].T, (1,)).T, (0, 4))
+
+    program = export(Padded(), torch.randn(1, 4))
+    assert any(0 in node.meta["val"].shape for node in program.graph.nodes if node.op == "call_function")
+    ranges = analyse(program, [{"x": torch.ones(1, 4)}], inputs={"x": (-1, 1)})
+    assert all(math.isfinite(one) for value in ranges.values.values() for one in value.sound)

@@ -81,6 +81,28 @@ def test_what_follows_from_weights_is_computed_once(check_pass):
     assert len(result.program.state_dict) == 2
 
 
+class Empty(nn.Module):
+    """What is padded has no elements: the padding is all there is."""
+
+    def forward(self, x):
+        return x + torch.nn.functional.pad(x[:, 4:] * 2, (0, 4), value=3.0)
+
+
+def test_a_value_without_elements_is_known(check_pass):
+    check_pass(
+        FoldConstants(), Empty(), torch.randn(2, 4), before={"aten.pad": 1}, after={"aten.pad": 0, "aten.slice": 0}
+    )
+
+
+class JoinsEmpty(nn.Module):
+    def forward(self, x):
+        return torch.cat([x, x[:, 4:] * 2], 1)
+
+
+def test_a_value_without_elements_is_no_weight(check_pass):
+    check_pass(FoldConstants(), JoinsEmpty(), torch.randn(2, 4), modified=False)
+
+
 class Grows(nn.Module):
     def __init__(self):
         super().__init__()

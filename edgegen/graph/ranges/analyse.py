@@ -220,7 +220,7 @@ class _Watcher:
 
     def _look_inside(self, node: Node) -> None:
         args = [self._held.get(one.name) if isinstance(one, Node) else one for one in node.args]
-        if isinstance(args[0], Tensor):
+        if all(one.numel() for one in args if isinstance(one, Tensor)) and isinstance(args[0], Tensor):
             found = _INSIDE[op_name(node)](args, node.kwargs)
             self.inside[node.name] = found.joined(self.inside.get(node.name, found))
         for source in node.all_input_nodes:

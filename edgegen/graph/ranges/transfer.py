@@ -71,9 +71,11 @@ class Propagation:
             source: Any = self._bounds[node.args[0]]  # type: ignore[index]
             index: Any = node.args[1]
             part: Bound = source[index] if isinstance(source, tuple) else source.whole()
-            return part
+            return part if part.low.numel() else Bound.of(0.0)
         name = op_name(node)
         made = node.meta.get("val")
+        if isinstance(made, Tensor) and not made.numel():
+            return Bound.of(0.0)  # any bound is one of no element
         if name in _MOVES:
             return self._moved(node)
         if isinstance(made, Tensor) and made.dtype is torch.bool:
