@@ -27,6 +27,7 @@ from edgegen.lower.coreml_execute import (
     core_ml_is_here,
     open_program,
 )
+from edgegen.lower.coreml_overflow import frugal_overflow_check
 from edgegen.lower.coreml_values import each_value, nodes_of_values, value_stem
 from edgegen.lower.mapped_weights import release_pages
 from edgegen.lower.mlpackage import (
@@ -108,15 +109,17 @@ class CoreMLBackend:
             calls = _handles(decomposed, {*request.islands, *request.quantized})
             handles |= _with_quantizers(decomposed, {at for at, name in calls.items() if name in request.islands})
             compress = CompressWeights(request.quantized, stored, calls)
-            model = ct.convert(
-                decomposed,
-                outputs=[ct.TensorType(name=spec.name, dtype=np.dtype(spec.dtype).type) for spec in request.outputs],
-                minimum_deployment_target=target,
-                compute_precision=precision,
-                pass_pipeline=compress.pipeline() if request.quantized else None,
-                convert_to="mlprogram",
-                skip_model_load=True,
-            )
+            results = [ct.TensorType(name=one.name, dtype=np.dtype(one.dtype).type) for one in request.outputs]
+            with frugal_overflow_check():
+                model = ct.convert(
+                    decomposed,
+                    outputs=results,
+                    minimum_deployment_target=target,
+                    compute_precision=precision,
+                    pass_pipeline=compress.pipeline() if request.quantized else None,
+                    convert_to="mlprogram",
+                    skip_model_load=True,
+                )
         except EdgegenError:
             raise
         except Exception as error:
