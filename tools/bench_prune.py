@@ -456,7 +456,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/prune"), help="what is found again")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--heal", type=int, default=2000, help="steps of `asked` and `small`")
+    parser.add_argument("--heal", type=int, default=2000, help="steps of `asked` and of the separable decoders")
+    parser.add_argument("--small-heal", type=int, help="steps of `small`; default: those of --heal")
     parser.add_argument("--half-heal", type=int, nargs="+", default=[50, 200], help="steps of both students of `half`")
     parser.add_argument("--small", type=float, default=0.3, help="share of MACs that the quantized student keeps")
     parser.add_argument("--levels", type=float, nargs="+", default=[0.75, 0.5, 0.3], help="shares of MACs of `elastic`")
@@ -495,16 +496,16 @@ def main() -> int:
         for name, cut in separable_decoders(bench).items():
             bench.healed(name, cut, asked.heal)
             show()
-    small = dict.fromkeys(CUT, asked.small)
+    small, small_heal = dict.fromkeys(CUT, asked.small), asked.small_heal or asked.heal
     if "small" in asked.part:
-        bench.healed("small", bench.chosen(f"small {asked.small}", small), asked.heal)
+        bench.healed("small", bench.chosen(f"small {asked.small}", small), small_heal)
         show()
     if "bundles" in asked.part:
         students = {
             "float": (bench.student, False),
             **{name: (bench.healed(name, cut, asked.heal), False) for name, cut in separable_decoders(bench).items()},
             "asked": (bench.healed("asked", bench.chosen("asked", ASKED), asked.heal), False),
-            "small, quantized": (bench.healed("small", bench.chosen(f"small {asked.small}", small), asked.heal), True),
+            "small, quantized": (bench.healed("small", bench.chosen(f"small {asked.small}", small), small_heal), True),
         }
         folders = {
             name: bundle(bench, name.replace(",", "").replace("%", "").replace(" ", "-"), student, quantized)
