@@ -173,8 +173,7 @@ def lower(model: Path, target: str, backend: str, component: str, work: Path) ->
     from edgegen.build.lowering import LowerFailure, LowerJob, lower_all
     from edgegen.build.recipe import BuildOptions, resolve
     from edgegen.cache import Cache
-    from edgegen.rewrite.pipeline import Pipeline
-    from edgegen.rewrite.registry import parse
+    from edgegen.rewrite.pipeline import pipeline_of
     from edgegen.students.load import load
     from edgegen.targets import load_target
 
@@ -186,8 +185,8 @@ def lower(model: Path, target: str, backend: str, component: str, work: Path) ->
         backend,
         recipe.precision(own, component),
         own.lowering_options,
-        Pipeline(parse(", ".join(recipe.canonical[component]))),
-        Pipeline(parse(", ".join(own.passes))),
+        pipeline_of(recipe.canonical[component]),
+        pipeline_of(own.passes),
     )
     scratch, clock = work / "scratch", Clock()
     shutil.rmtree(scratch, ignore_errors=True)

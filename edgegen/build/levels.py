@@ -23,8 +23,7 @@ from edgegen.precision.file import load_plan
 from edgegen.precision.plan import PrecisionPlan
 from edgegen.prune.elastic import at_level
 from edgegen.prune.estimate import Network, picture_latency
-from edgegen.rewrite.pipeline import Pipeline
-from edgegen.rewrite.registry import parse
+from edgegen.rewrite.pipeline import pipeline_of
 from edgegen.students.student import Student
 from edgegen.targets import Target
 
@@ -163,10 +162,6 @@ def _considered(student: Student, options: BuildOptions, sizes: SizeOptions) -> 
     return tuple(student.config.levels), "the largest that fits"
 
 
-def _canonical(recipe: Recipe) -> dict[str, Pipeline]:
-    return {name: Pipeline(parse(", ".join(specs))) for name, specs in recipe.canonical.items()}
-
-
 def _calls(recipe: Recipe, component: str) -> int:
     return recipe.steps or 1 if component == "denoiser" else 1
 
@@ -183,7 +178,8 @@ def _figures(name: str | None, student: Student, recipe: Recipe, graphs: Graphs)
 def _weigh_memory(one: _Candidate, graphs: Graphs, *, judged: bool) -> None:
     """Of a size that nothing competes with, whether it fits is left to the build, which knows more."""
     held, load = {}, {}
-    for backend, plan in foreseen(one.student, one.recipe, graphs, _canonical(one.recipe)).items():
+    canonical = {name: pipeline_of(specs) for name, specs in one.recipe.canonical.items()}
+    for backend, plan in foreseen(one.student, one.recipe, graphs, canonical).items():
         if not isinstance(plan, TooLarge):
             held[backend], load[backend] = plan.peak_bytes, plan.load
         elif plan.component == TILED and plan.spare > 0 and one.student.config.sampler is not None:

@@ -34,8 +34,7 @@ from edgegen.errors import EdgegenError, GateError
 from edgegen.graph.tiles import Tiling, cut_tiles
 from edgegen.heap import keep_freed_memory
 from edgegen.report.summary import summarise
-from edgegen.rewrite.pipeline import Pipeline
-from edgegen.rewrite.registry import parse
+from edgegen.rewrite.pipeline import Pipeline, pipeline_of
 from edgegen.students.archive import available_memory
 from edgegen.students.student import Student
 from edgegen.verify import gates
@@ -86,7 +85,7 @@ class _Shared:
     def signatures(self, recipe: Recipe) -> dict[str, Signature]:
         """What each component takes and gives once the canonical passes ran: the same for every backend."""
         return {
-            name: self.graphs.canonical(part, _pipeline(recipe.canonical[name])).signature
+            name: self.graphs.canonical(part, pipeline_of(recipe.canonical[name])).signature
             for name, part in self.student.components.items()
         }
 
@@ -102,10 +101,6 @@ class _Shared:
                 self.references[key] = remembered_reference(self.student, counts, signatures, self.cache)
             self.progress.advance()
         return self.references[key]
-
-
-def _pipeline(specs: Sequence[str]) -> Pipeline:
-    return Pipeline(parse(", ".join(specs)))
 
 
 def step_counts(student: Student, steps: int | None) -> tuple[int, ...] | None:
@@ -163,7 +158,7 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
     student, progress = shared.student, shared.progress
     with reserve(recipe.output) as writer, tempfile.TemporaryDirectory(prefix="edgegen-build-") as folder:
         work = Path(folder)
-        canonical = {name: _pipeline(recipe.canonical[name]) for name in recipe.components}
+        canonical = {name: pipeline_of(recipe.canonical[name]) for name in recipe.components}
         _require_room(shared, recipe, canonical)
         truth = shared.reference(recipe)
         realised = realise(recipe)
@@ -181,7 +176,7 @@ def build(shared: _Shared, recipe: Recipe) -> Built:
                 recipe.precision(backend, name),
                 backend.lowering_options,
                 canonical[name],
-                _pipeline(backend.passes),
+                pipeline_of(backend.passes),
                 recipe.max_pieces,
                 _tiles_of(truth.one_picture()[name], memory.tilings.get(name)),
                 None if realised is None else realised.plan.components.get(name),
@@ -236,7 +231,7 @@ def _require_room(shared: _Shared, recipe: Recipe, canonical: dict[str, Pipeline
     parts = foreseen_parts(shared.student, recipe, shared.graphs, canonical)
 
     def wanted(backend: BackendRecipe, name: str, count: int) -> LowerJob:
-        part, shape = shared.student.components[name], _pipeline(backend.passes)
+        part, shape = shared.student.components[name], pipeline_of(backend.passes)
         precision, options = recipe.precision(backend, name), backend.lowering_options
         return LowerJob(part, backend.name, precision, options, canonical[name], shape, parts=count)
 

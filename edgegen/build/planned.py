@@ -15,8 +15,7 @@ from edgegen.precision.file import write_plan
 from edgegen.precision.plan import PrecisionPlan
 from edgegen.precision.reference import fake_quant_reference
 from edgegen.precision.repair.tensors import Tensors, apply, by_component, load
-from edgegen.rewrite.pipeline import Pipeline
-from edgegen.rewrite.registry import parse
+from edgegen.rewrite.pipeline import pipeline_of
 from edgegen.students.student import Student
 from edgegen.verify.gates import PLAN_FLOAT32_DB
 from edgegen.verify.metrics import sqnr_db
@@ -83,7 +82,7 @@ def with_plan(truth: Reference, realised: Realised, student: Student, recipe: Re
     """`truth` with what the plan itself computes on the same inputs: artifacts are held to that."""
     programs = {
         name: apply(
-            graphs.canonical(part, Pipeline(parse(", ".join(recipe.canonical[name])))).program,
+            graphs.canonical(part, pipeline_of(recipe.canonical[name])).program,
             realised.repaired.get(name, {}),
         )
         for name, part in student.components.items()

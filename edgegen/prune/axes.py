@@ -1,7 +1,7 @@
 """How nodes go through a graph: for each op, which positions of what it reads and gives go together.
 
-`spaces` (`edgegen.prune.space`) are made of it. An op without a rule
-(`edgegen.prune.axes_rules`) ends what reaches it: nothing of that is cut, and the reason names the op.
+`spaces` (`edgegen.prune.space`) are made of it. An op without a rule (`edgegen.prune.axes_rules`) ends what reaches it:
+nothing of that is cut, and the reason names the op.
 """
 
 from __future__ import annotations

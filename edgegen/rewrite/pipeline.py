@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from edgegen.errors import UsageError
 from edgegen.rewrite.base import Decline, Pass, Rewritten, census
+from edgegen.rewrite.registry import parse
 
 
 class PassRecord(BaseModel):
@@ -100,3 +101,8 @@ def _record(one: Pass, before: ExportedProgram, result: Rewritten, seconds: floa
 
 def _ranked(counts: Counter[str]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def pipeline_of(specs: Sequence[str]) -> Pipeline:
+    """Of passes as recipes and manifests write them, `name{option=value}` each; UsageError for what is none."""
+    return Pipeline(parse(", ".join(specs)))

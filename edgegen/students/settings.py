@@ -57,6 +57,7 @@ def plain(value: Any, depth: int = DEPTH) -> str:
     if isinstance(value, FunctionType | BuiltinFunctionType | MethodType | type):
         return f"{getattr(value, '__module__', '')}.{value.__qualname__}"
     to_dict = getattr(value, "to_dict", None)
-    if callable(to_dict):  # transformers' configs
-        return json.dumps(to_dict(), sort_keys=True, default=str)
+    if callable(to_dict):  # transformers' configs; with an underscore: where it was read from
+        told = {key: one for key, one in to_dict().items() if not str(key).startswith("_")}
+        return json.dumps(told, sort_keys=True, default=str)
     return type(value).__qualname__
