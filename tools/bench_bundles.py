@@ -2,9 +2,10 @@
 
     python tools/bench_bundles.py demo/fp32 demo/int8 --markdown docs/benchmarks/int8-shapes-latency.md
 
-A turn is as many calls in a row as a picture has steps (`--calls`), of the one artifact and then of the other, so that
-a machine that is busy for a while slows both down; of each turn the mean counts, of all turns the median. Before a turn
-nothing runs for some milliseconds: threads that a runtime leaves waiting for more work would take time from the next.
+A turn is so many calls in a row (`--calls`) of the one artifact and then of the other, so that a machine that is busy
+for a while slows both down; of each turn the mean counts, of all turns the median. A turn of 4 is one picture of four
+steps, whose first call finds the other artifact's weights in the caches; a turn of 50 is pictures one after another.
+Before a turn nothing runs for some milliseconds: threads that a runtime leaves waiting would take time from the next.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Row:
 
     backend: str
     component: str
+    threads: int
+    calls: int
     fp32_ms: float
     plan_ms: float
     fp32_least_ms: float
@@ -51,21 +54,23 @@ def main() -> None:
     parser.add_argument("plan", type=Path)
     parser.add_argument("--backend", nargs="+", help="default: all that both bundles have")
     parser.add_argument("--component", nargs="+", default=["denoiser"])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--turns", type=int, default=150)
-    parser.add_argument("--calls", type=int, default=4)
+    parser.add_argument("--threads", type=int, nargs="+", default=[len(os.sched_getaffinity(0))])
+    parser.add_argument("--turns", type=int, default=100)
+    parser.add_argument("--calls", type=int, nargs="+", default=[4, 50])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     bundles = open_bundle(options.fp32), open_bundle(options.plan)
     shared = [name for name in bundles[0].backends() if name in bundles[1].backends()]
     names = options.backend or shared
-    said = (
-        f"{options.turns} turns of {options.calls} calls of each artifact, medians, after {WARM_UP} that do not count"
-    )
-    settings = settings_of(names, options.threads, turns=said)
-    rows = [_row(bundles, name, part, options) for name in names for part in options.component]
+    said = f"{options.turns} of each artifact, medians, after {WARM_UP} that do not count"
+    settings = settings_of(names, max(options.threads), turns=said)
+    rows, cores = [], sorted(os.sched_getaffinity(0))
+    for threads in options.threads:
+        os.sched_setaffinity(0, cores[:threads])
+        for name in names:
+            for part in options.component:
+                rows += [_row(bundles, name, part, threads, calls, options.turns) for calls in options.calls]
     settings["load average at the end"] = str(os.getloadavg())
     text = _markdown(settings, rows)
     print(text)
@@ -76,16 +81,19 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def _row(bundles: tuple[Bundle, Bundle], backend: str, component: str, options: argparse.Namespace) -> Row:
+def _row(
+    bundles: tuple[Bundle, Bundle], backend: str, component: str, threads: int, in_a_row: int, repeats: int
+) -> Row:
     loaded = [_loaded(one, backend, component) for one in bundles]
     calls = [partial(run, given) for run, given in loaded]
-    taken = turns(calls, options.turns, in_a_row=options.calls, pause=PAUSE)
+    taken = turns(calls, repeats, in_a_row=in_a_row, pause=PAUSE)
     for run, _ in loaded:
         run.close()
     medians, least = [statistics.median(one) * 1e3 for one in taken], [min(one) * 1e3 for one in taken]
     sizes = [one.artifacts(backend)[component].bytes for one in bundles]
-    row = Row(backend, component, *medians, *least, *sizes)
-    print(f"{backend} {component}: {row.fp32_ms:.2f} -> {row.plan_ms:.2f} ms, {row.ratio:.3f}", file=sys.stderr)
+    row = Row(backend, component, threads, in_a_row, *medians, *least, *sizes)
+    named = f"{backend} {component}, {threads} threads, {in_a_row} calls"
+    print(f"{named}: {row.fp32_ms:.2f} -> {row.plan_ms:.2f} ms, {row.ratio:.3f}", file=sys.stderr)
     return row
 
 
@@ -106,12 +114,16 @@ def _markdown(settings: Mapping[str, str], rows: list[Row]) -> str:
     title = "# Latency of a plan's artifacts against their own fp32, in turns"
     lines = [title, "", __doc__.strip().split("\n\n")[-1], ""]
     lines += [f"- {name}: {value}" for name, value in settings.items()]
-    lines += ["", "| backend | component | fp32 ms | plan ms | ratio | least ms, fp32 and plan | MB, fp32 and plan |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| backend | component | threads | calls | fp32 ms | plan ms | ratio | least ms, fp32, plan | MB, fp32, plan |",
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         least = f"{row.fp32_least_ms:.2f}, {row.plan_least_ms:.2f}"
         sizes = f"{row.fp32_bytes / 1e6:.2f}, {row.plan_bytes / 1e6:.2f}"
-        cells = [row.backend, row.component, f"{row.fp32_ms:.2f}", f"{row.plan_ms:.2f}", f"{row.ratio:.3f}"]
+        named = [row.backend, row.component, str(row.threads), str(row.calls)]
+        cells = [*named, f"{row.fp32_ms:.2f}", f"{row.plan_ms:.2f}", f"{row.ratio:.3f}"]
         lines.append(f"| {' | '.join(cells)} | {least} | {sizes} |")
     return "\n".join(lines) + "\n"
 

@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=40, help="calls of each artifact that count; 0: no latency")
     parser.add_argument("--cache", type=Path, help="where plans are kept; default: nowhere")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where the artifacts stay, to be looked into")
     parser.add_argument("--title", default="INT8: plans beside the runtimes' own recipes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -115,8 +116,8 @@ class _Bench:
         with tempfile.TemporaryDirectory(prefix="bench-int8-") as name:
             made: list[tuple[Row, Made]] = []
             for backend in backends:
-                folder = Path(name) / backend
-                folder.mkdir()
+                folder = (self.options.keep or Path(name)) / self.subject.name / backend
+                folder.mkdir(parents=True, exist_ok=True)
                 for row, one in self._judged(Ours(self.subject, backend, self.cache, folder, self.graphs)):
                     if one is None:
                         yield row

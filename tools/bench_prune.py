@@ -9,7 +9,8 @@ with the same settings is not made again (`--again` forgets it). Healing that wa
 - half: 50 % of both, chosen by `edgegen prune` and by the norm of weights at one ratio for every space (`uniform`),
   each healed for the same few steps.
 - separable: the decoder at 40 % of its MACs by channels, by separable convolutions, and by both, healed alike.
-- small: the student that is quantized afterwards, `--small` of both networks' MACs, healed.
+- small: the student that is quantized afterwards, `--small` of the denoiser's MACs and `--small-decoder` of the
+  decoder's, healed.
 - bundles: what was asked, and the small one with a precision plan, built for this machine and drawn with in turns with
   a bundle of the float original; run it when nothing else runs.
 - elastic: nested levels of `--levels` of both networks' MACs in one checkpoint, healed together, and beside each the
@@ -21,10 +22,7 @@ Alignment is over all 432 held-back prompts, through torch for students and thro
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,12 +31,11 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-import torch
+import prune_bundles as bundles
+from prune_bundles import STEPS, TARGET, Timed
 from pydantic import BaseModel
-from turns import WARM_UP, settings_of
+from turns import settings_of
 
-from edgegen.bundle.open import open_bundle
-from edgegen.bundle.run import Runtime
 from edgegen.cache import Cache
 from edgegen.graph.capture import capture
 from edgegen.graph.count import count
@@ -59,15 +56,11 @@ from edgegen.students.checkpoint import save_pt
 from edgegen.students.load import load
 from edgegen.students.sample import draw_many
 from edgegen.students.shapes import family
-from edgegen.students.shapes.evaluate import evaluate, subject_for
+from edgegen.students.shapes.evaluate import evaluate
 from edgegen.students.student import Component, Student
 from edgegen.targets import load_target
-from edgegen.verify.outcome import ParityReport
 
 PARTS = ("asked", "half", "separable", "small", "bundles", "elastic")
-TARGET = "linux-x86"
-BACKENDS = ("tflite", "executorch")
-STEPS = (4, 1)
 CUT = ("denoiser", "decoder")
 ASKED = {"denoiser": 0.6, "decoder": 0.5}
 HALF = {"denoiser": 0.5, "decoder": 0.5}
@@ -89,19 +82,6 @@ class Row(BaseModel):
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     """Of healing; both are of all processes that worked at it."""
-
-
-class Timed(BaseModel):
-    """One bundle on one backend; milliseconds are medians, by stage and of a whole picture of four steps."""
-
-    key: str
-    name: str
-    backend: str
-    ms: dict[str, float]
-    bytes: int
-    alignment: dict[int, float]
-    missed: list[str] = []
-    """Gates that its build did not meet."""
 
 
 class Found(BaseModel):
@@ -147,6 +127,15 @@ class Bench:
         beside.write_text(self.found.model_dump_json(indent=1))
         beside.replace(self.work / "found.json")
 
+    def remember(self, rows: Sequence[Timed]) -> None:
+        """In place of what was timed before of the same bundles; what they draw stays known."""
+        for one in rows:
+            held = [old for old in self.found.timed if old.name == one.name and old.backend == one.backend]
+            one.alignment = next((old.alignment for old in held if old.key == one.key), {})
+            self.found.timed = [old for old in self.found.timed if old not in held or old.threads != one.threads]
+            self.found.timed.append(one)
+        self.write()
+
     def row(self, name: str, student: Student, heal_steps: int, seconds: float = 0.0, cpu: float = 0.0) -> Row:
         key = f"{student.fingerprint}-{self.limit}-{heal_steps}"
         for one in self.found.rows:
@@ -185,8 +174,12 @@ class Bench:
     def healed(self, name: str, cut: Student, steps: int) -> Student:
         """Before and after, as rows; what comes out is saved as a checkpoint too."""
         self.row(f"{name}, not healed", cut, 0)
+        path = self.work / f"{name}-{cut.fingerprint[:12]}-healed-{steps}.pt"
+        if path.is_file():
+            return load(path)
         print(f"{name}: heal", file=sys.stderr, flush=True)
         made = heal(self.student, cut, HealOptions(steps=steps), self.cache, Lines())
+        save_pt(made.student, path)
         seconds = sum(one.course.seconds for one in made.lessons)
         cpu = sum(one.course.cpu_seconds for one in made.lessons)
         self.row(name, made.student, steps, seconds, cpu)
@@ -210,6 +203,10 @@ class Bench:
             return found.pruned(search(replace(found.problem, caps=caps, minimise={"picture": 1.0})))
 
         return self.cut(name, make)
+
+    def small(self, wanted: Mapping[str, float]) -> Student:
+        """What is quantized afterwards."""
+        return self.chosen(f"small {' '.join(f'{share:g}' for share in wanted.values())}", wanted)
 
     @cached_property
     def _measured(self) -> Assembled:
@@ -297,105 +294,6 @@ def shares(student: Student, original: Student, of: object) -> dict[str, float]:
     return {name: round(of(student, name) / of(original, name), 4) for name in CUT}
 
 
-def edgegen(*arguments: str, cache: Path) -> int:
-    """The command as a user types it: 0, or 3 where a gate was not met."""
-    call = [sys.executable, "-m", "edgegen.cli.main", *arguments]
-    print(f"  edgegen {' '.join(arguments)}", file=sys.stderr, flush=True)
-    env = {**os.environ, "EDGEGEN_CACHE_DIR": str(cache)}
-    done = subprocess.run(call, check=False, stdout=subprocess.DEVNULL, env=env)
-    if done.returncode not in (0, MISSED):
-        done.check_returncode()
-    return done.returncode
-
-
-MISSED = 3
-"""Exit code of a build that did not meet a gate: what it made lies in OUTPUT.failed, is timed, and is said to have
-failed."""
-
-
-def bundle(bench: Bench, name: str, student: Student, quantized: bool) -> Path:
-    """Built once for each student; a bundle is whole or not there."""
-    folder = bench.work / f"{name}-{student.fingerprint[:12]}"
-    missed = folder.with_name(f"{folder.name}.failed")
-    for made in (folder, missed):
-        if made.is_dir():
-            return made
-    checkpoint, plan = folder.with_suffix(".pt"), folder.with_suffix(".plan.toml")
-    save_pt(student, checkpoint)
-    target = ("--target", TARGET, "--backend", ",".join(BACKENDS))
-    if quantized:
-        edgegen("plan", str(checkpoint), *target, "-o", str(plan), cache=bench.work / "cache")
-        target = ("--target", TARGET, "--plan", str(plan))
-    code = edgegen("build", str(checkpoint), *target, "-o", str(folder), cache=bench.work / "cache")
-    return missed if code == MISSED else folder
-
-
-def in_turns(bench: Bench, folders: Mapping[str, Path], repeats: int) -> None:
-    """Pictures of every bundle, one after the other, again and again: a busy machine slows all of them down."""
-    prompt = bench.student.config.example_prompts[0]
-    for backend in BACKENDS:
-        opened = {name: Runtime(open_bundle(folder), backend) for name, folder in folders.items()}
-        taken: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
-        try:
-            for turn in range(WARM_UP + repeats):
-                for name, runtime in opened.items():
-                    timings = runtime.generate(prompt, turn, STEPS[0]).timings
-                    if turn >= WARM_UP:
-                        taken[name].append(by_stage(timings))
-        finally:
-            for runtime in opened.values():
-                runtime.close()
-        for name, folder in folders.items():
-            key = f"{folder.name}-{backend}-{repeats}"
-            said = [*gates_missed(folder, backend)]
-            held = [one for one in bench.found.timed if (one.name, one.backend) == (name, backend)]
-            known = next((one.alignment for one in held if one.key == key), None)
-            bench.found.timed = [one for one in bench.found.timed if one not in held]
-            made = Timed(
-                key=key,
-                name=name,
-                backend=backend,
-                ms={stage: statistics.median(one[stage] for one in taken[name]) * 1e3 for stage in taken[name][0]},
-                bytes=sum(one.stat().st_size for one in (folder / "components" / backend).rglob("*") if one.is_file()),
-                alignment=known or {},
-                missed=said,
-            )
-            bench.found.timed.append(made)
-            print(made, file=sys.stderr, flush=True)
-        bench.write()
-
-
-def gates_missed(folder: Path, backend: str) -> list[str]:
-    """As the build's own report says."""
-    report = ParityReport.model_validate(json.loads((folder / "reports/parity.json").read_text())[backend])
-    return [f"{one.gate} of {one.subject}: {one.measured}, {one.required}" for one in report.failed]
-
-
-def by_stage(timings: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of one call of each network, and of the networks of one whole picture."""
-    denoiser = [value for stage, value in timings.items() if stage.startswith("denoiser.")]
-    stages = {
-        "text_encoder": timings["text_encoder"],
-        "denoiser": statistics.median(denoiser),
-        "decoder": timings["decoder"],
-    }
-    return {**stages, "picture": stages["text_encoder"] + sum(denoiser) + stages["decoder"]}
-
-
-def align(bench: Bench, folders: Mapping[str, Path]) -> None:
-    """What the artifacts themselves draw."""
-    for one in bench.found.timed:
-        for steps in STEPS:
-            if steps in one.alignment or one.name not in folders:
-                continue
-            drawer = subject_for(folders[one.name], steps, one.backend)
-            one.alignment[steps] = evaluate(drawer.draw, steps, bench.limit).alignment
-            print(
-                f"  {one.name}, {one.backend}, {steps} steps: {one.alignment[steps]:.4f}", file=sys.stderr, flush=True
-            )
-            bench.write()
-
-
 def markdown(found: Found, settings: Mapping[str, str]) -> str:
     lines = ["# Pruned and healed: the `shapes` student", ""]
     lines += [f"- {name}: {value}" for name, value in settings.items()]
@@ -416,39 +314,7 @@ def markdown(found: Found, settings: Mapping[str, str]) -> str:
             f"| {row.macs['denoiser']:.3f} | {row.macs['decoder']:.3f} | {left} "
             f"| {row.alignment[4]:.1%} | {row.alignment[1]:.1%} | {min(row.psnr_db, 99.9):.1f} |"
         )
-    if found.timed:
-        lines += [
-            "",
-            "## Built for this machine",
-            "",
-            "Asked: latency falls by at least 0.8x of what the MACs fall by; pruned and quantized together 0.20x of",
-            "the float original's latency and 0.15x of its bytes at 2 points of alignment. One call of each network; a",
-            "picture is the text encoder, four calls of the denoiser and the decoder. Bytes are of all artifacts.",
-            "",
-            "| bundle | backend | denoiser ms | to float | decoder ms | to float | picture ms | to float | bytes "
-            "| to float | alignment, 4 steps | 1 step |",
-            "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-        ]
-    for backend in BACKENDS:
-        timed = [one for one in found.timed if one.backend == backend]
-        base = next((one for one in timed if one.name == "float"), None)
-        if base is None:
-            continue
-        for one in timed:
-            cells = [f"{one.ms[stage]:.2f} | {one.ms[stage] / base.ms[stage]:.3f}" for stage in (*CUT, "picture")]
-            drawn = " | ".join(f"{one.alignment[steps]:.1%}" if steps in one.alignment else "-" for steps in STEPS)
-            lines.append(
-                f"| {one.name} | {backend} | {' | '.join(cells)} | {one.bytes:,} | {one.bytes / base.bytes:.3f} "
-                f"| {drawn} |"
-            )
-    missed = [f"- {one.name}, {one.backend}: {each}" for one in found.timed for each in one.missed]
-    if missed:
-        lines += [
-            "",
-            "Gates that builds did not meet; these artifacts were timed and judged all the same:",
-            "",
-            *missed,
-        ]
+    lines += bundles.lines(found.timed, CUT)
     return "\n".join(lines) + "\n"
 
 
@@ -459,23 +325,23 @@ def main() -> int:
     parser.add_argument("--heal", type=int, default=2000, help="steps of `asked` and of the separable decoders")
     parser.add_argument("--small-heal", type=int, help="steps of `small`; default: those of --heal")
     parser.add_argument("--half-heal", type=int, nargs="+", default=[50, 200], help="steps of both students of `half`")
-    parser.add_argument("--small", type=float, default=0.3, help="share of MACs that the quantized student keeps")
+    parser.add_argument("--small", type=float, default=0.3, help="share of the denoiser's MACs that `small` keeps")
+    parser.add_argument("--small-decoder", type=float, default=0.2, help="share of the decoder's MACs")
     parser.add_argument("--levels", type=float, nargs="+", default=[0.75, 0.5, 0.3], help="shares of MACs of `elastic`")
     parser.add_argument("--elastic-heal", type=int, default=1000, help="steps of `elastic`, together and alone")
     parser.add_argument("--limit", type=int, help="an even share of the held-back prompts instead of all 432")
-    parser.add_argument("--repeats", type=int, default=40, help="pictures of each bundle that count")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--repeats", type=int, default=20, help="turns of each bundle that count")
+    parser.add_argument("--in-a-row", type=int, default=10, help="pictures of a turn")
+    parser.add_argument("--threads", type=int, nargs="+", default=[len(os.sched_getaffinity(0))], help="of bundles")
     parser.add_argument("--again", action="store_true", help="forget what was found before")
     parser.add_argument("--markdown", type=Path)
     asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    settings = settings_of(
-        BACKENDS, asked.threads, repeats=f"{asked.repeats} pictures of each bundle in turns, medians"
-    )
+    turns = f"{asked.repeats} of {asked.in_a_row} pictures of each bundle, medians"
+    settings = settings_of(bundles.BACKENDS, max(asked.threads), turns=turns)
     bench = Bench(asked.work, asked.limit)
     if asked.again:
         bench.found = Found()
-        for path in asked.work.glob("*-cut.pt"):
+        for path in (*asked.work.glob("*-cut.pt"), *asked.work.glob("*-healed-*.pt")):
             path.unlink()
 
     def show() -> None:
@@ -496,24 +362,23 @@ def main() -> int:
         for name, cut in separable_decoders(bench).items():
             bench.healed(name, cut, asked.heal)
             show()
-    small, small_heal = dict.fromkeys(CUT, asked.small), asked.small_heal or asked.heal
+    small, small_heal = {"denoiser": asked.small, "decoder": asked.small_decoder}, asked.small_heal or asked.heal
     if "small" in asked.part:
-        bench.healed("small", bench.chosen(f"small {asked.small}", small), small_heal)
+        bench.healed("small", bench.small(small), small_heal)
         show()
     if "bundles" in asked.part:
         students = {
             "float": (bench.student, False),
             **{name: (bench.healed(name, cut, asked.heal), False) for name, cut in separable_decoders(bench).items()},
             "asked": (bench.healed("asked", bench.chosen("asked", ASKED), asked.heal), False),
-            "small, quantized": (bench.healed("small", bench.chosen(f"small {asked.small}", small), small_heal), True),
+            "small, quantized": (bench.healed("small", bench.small(small), small_heal), True),
         }
-        folders = {
-            name: bundle(bench, name.replace(",", "").replace("%", "").replace(" ", "-"), student, quantized)
-            for name, (student, quantized) in students.items()
-        }
-        in_turns(bench, folders, asked.repeats)
-        show()
-        align(bench, folders)
+        folders = {name: bundles.bundle(bench.work, name, *one) for name, one in students.items()}
+        prompt = bench.student.config.example_prompts[0]
+        for threads in asked.threads:
+            bench.remember(bundles.timed(folders, prompt, threads, asked.repeats, asked.in_a_row))
+            show()
+        bundles.align(bench.found.timed, folders, bench.limit, bench.write)
     if "elastic" in asked.part:
         bench.elastic(asked.levels, asked.elastic_heal)
     show()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -67,7 +67,8 @@ class Choice:
 
 class InfeasibleError(Exception):
     """No plan keeps to all caps. `best`: of each cap, the least that a plan can have while the others are kept, None
-    where they cannot be; `nearest`: the plan whose excesses, each as a share of its cap, are least in sum."""
+    where they cannot be (latencies with several backends are one cap); `nearest`: the plan whose excesses, each as a
+    share of its cap, are least in sum."""
 
     def __init__(self, best: dict[str, float | None], nearest: Choice) -> None:
         super().__init__(f"no plan keeps to {', '.join(best)}")
@@ -180,10 +181,16 @@ def _choice(problem: Problem, result: OptimizeResult) -> Choice | None:
 def _infeasible(problem: Problem) -> InfeasibleError:
     best: dict[str, float | None] = {}
     for name in problem.caps:
-        others = {other: cap for other, cap in problem.caps.items() if other != name}
-        alone = _solve(replace(problem, caps=others, minimise={name: 1.0}))
+        own, others = cap_of(name, problem.caps)
+        alone = _solve(replace(problem, caps=others, minimise={one: 1 / max(cap, 1e-30) for one, cap in own.items()}))
         best[name] = None if alone is None else alone.totals[name]
     return InfeasibleError(best, _nearest(problem))
+
+
+def cap_of(name: str, caps: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """The caps that one option asks for together with `name`, and the others: one latency is asked of all backends."""
+    own = {one: cap for one, cap in caps.items() if one == name or one.split(" ")[0] == name.split(" ")[0] == "latency"}
+    return own, {one: cap for one, cap in caps.items() if one not in own}
 
 
 def _nearest(problem: Problem) -> Choice:

@@ -74,7 +74,7 @@ def _estimated(error: InfeasibleError, asked: Problem) -> list[str]:
     for name, best in error.best.items():
         wanted = _amount(name, asked.caps[name])
         if best is None:
-            lines.append(f"  {wanted}: the others cannot be kept without it either")
+            lines.append(f"  {wanted}: without it the others still contradict each other")
         elif best > asked.caps[name] * (1 + 1e-9):
             lines.append(
                 f"  {wanted} binds: with the others kept, the best is {_amount(name, best, bare=True)} (estimated)"

@@ -47,7 +47,9 @@ from edgegen.students.student import Component, Student
 HEALED = ("denoiser", "decoder")
 SEED = 500_000
 DEPTH_SHARE = 0.3
-"""Of a network's steps, for learning to do without blocks before channels go."""
+"""Of a network's work, for learning to do without blocks before channels go: steps at full width cost more."""
+BACK_AND_FORTH = 3
+"""What a step costs the network that learns, in calls; the teacher is called once."""
 JOINT_SHARE = 0.1
 """Of the steps, on top of them, for both networks together."""
 JOINT_RATE = 0.2
@@ -246,7 +248,7 @@ class Healing:
         if cut.removed and (cut.cuts or cut.separated):
             depth = Pruning(removed=cut.removed)
             module = reduce(copy.deepcopy(self.teacher.components[name].module), depth, weights=True)
-            first = max(1, round(DEPTH_SHARE * steps))
+            first = max(1, round(DEPTH_SHARE * steps * self._cost(name, module)))
             module = self._course(name, "depth", module, depth, first, state, judged=False)
             rest = Pruning(kept=cut.kept, cuts=cut.cuts, separated=cut.separated)
             module = reduce(module.cpu(), rest, weights=True)
@@ -254,6 +256,12 @@ class Healing:
         self.modules[name] = self._course(
             name, "width" if cut.cuts or cut.separated else "depth", module, cut, steps, state
         )
+
+    def _cost(self, name: str, module: nn.Module) -> float:
+        """Of a step of the pruned network in terms of one of `module`, which has its full width."""
+        whole, left = self.teacher.components[name], self.pruned.components[name]
+        macs = [count(capture(one)).macs for one in (whole, left, replace(whole, module=module.cpu().eval()))]
+        return (macs[0] + BACK_AND_FORTH * macs[1]) / (macs[0] + BACK_AND_FORTH * macs[2])
 
     def _course(
         self, name: str, phase: str, module: nn.Module, cut: Pruning, steps: int, state: Path, judged: bool = True

@@ -19,7 +19,7 @@ def refused(error: NoFitError, caps: Mapping[str, float], whole: Mapping[str, fl
     for name, cap in caps.items():
         best = error.best.get(name)
         if best is None:
-            lines.append(f"  {_amount(name, cap, whole)}: the others cannot be kept without it either")
+            lines.append(f"  {_amount(name, cap, whole)}: without it the others still contradict each other")
         elif best > cap * NEARLY:
             lines.append(
                 f"  {_amount(name, cap, whole)} binds: with the others kept, the least is {_amount(name, best, whole)}"

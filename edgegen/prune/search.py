@@ -19,7 +19,7 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import coo_array
 
 from edgegen.errors import EdgegenError
-from edgegen.precision.choose import TIE, muted
+from edgegen.precision.choose import TIE, cap_of, muted
 
 Table = NDArray[np.float64]
 """[option, level of the rows' ladder, level of the columns']; an axis of a ladder that is None has one entry."""
@@ -97,7 +97,8 @@ class Choice:
 
 class NoFitError(Exception):
     """Nothing keeps to all caps. `best`: of each cap, the least that can be had while the others are kept, None where
-    they cannot be; `nearest`: the choice whose excesses, each as a share of its cap, are least in sum."""
+    they cannot be (latencies with several backends are one cap); `nearest`: the choice whose excesses, each as a share
+    of its cap, are least in sum."""
 
     def __init__(self, best: Mapping[str, float | None], nearest: Choice) -> None:
         super().__init__(f"nothing keeps to {', '.join(best)}")
@@ -112,8 +113,8 @@ def search(problem: Problem) -> Choice:
         return chosen
     best: dict[str, float | None] = {}
     for name in problem.caps:
-        others = {other: cap for other, cap in problem.caps.items() if other != name}
-        alone = _solve(replace(problem, caps=others, minimise={name: 1.0}))
+        own, others = cap_of(name, problem.caps)
+        alone = _solve(replace(problem, caps=others, minimise={one: 1 / max(cap, 1e-30) for one, cap in own.items()}))
         best[name] = None if alone is None else alone.totals[name]
     raise NoFitError(best, _nearest(problem))
 

@@ -11,14 +11,15 @@ from edgegen.precision.refusal import refused
 from edgegen.precision.settle import MissedError, settle
 
 
-def whole():
+def whole(backends=("onnx",)):
     """Twelve ops: each saves the same, and spoils twice as much as the one before."""
     items = []
+    slow, fast = ({f"latency {name}": each for name in backends} for each in (1 / 12, 0.3 / 12))
     for index in range(12):
         loss = 1e-5 * 2**index
         options = (
-            Option("fp32", {"latency onnx": 1 / 12, "bytes": 4.0}, {"picture": 0.0, "conditioning": 0.0}),
-            Option("w8a8", {"latency onnx": 0.3 / 12, "bytes": 1.0}, {"picture": loss, "conditioning": loss}),
+            Option("fp32", {**slow, "bytes": 4.0}, {"picture": 0.0, "conditioning": 0.0}),
+            Option("w8a8", {**fast, "bytes": 1.0}, {"picture": loss, "conditioning": loss}),
         )
         items.append(Item("net", f"op{index}", options))
     return Problem(tuple(items), {"bytes": 1.0})
@@ -161,3 +162,13 @@ def test_where_prompts_are_noise_of_all_ops_a_plan_between_the_corners_is_found(
     kept = [one.totals["latency onnx"] for one, measured in seen if measured.keeps(budget)]
     assert choice.totals["latency onnx"] == pytest.approx(min(kept))
     assert choice.totals["latency onnx"] < max(kept)
+
+
+def test_a_latency_asked_of_two_backends_binds_as_one():
+    """Neither cap alone would let the other be kept: what binds is the option that asked for both."""
+    budget = Budget(latency={"onnx": 0.5, "tflite": 0.5}, psnr=34.0)
+    asked = within(whole(("onnx", "tflite")), budget, ["onnx", "tflite"])
+    with pytest.raises(InfeasibleError) as caught:
+        choose(asked)
+    assert None not in caught.value.best.values()
+    assert all(caught.value.best[f"latency {name}"] > 0.5 for name in ("onnx", "tflite"))
