@@ -25,6 +25,7 @@ from edgegen.precision.memo import kept as remembered
 from edgegen.precision.options import Progress
 from edgegen.prune.apply import pruned, require_modules
 from edgegen.prune.bench import times
+from edgegen.prune.check import not_following
 from edgegen.prune.cost import Kept, Op, Priced, Surface, ladders, ops, points, surface, width, work
 from edgegen.prune.depth import Block, Effect, blocks, effects, measured, runs
 from edgegen.prune.kernels import Kernel
@@ -249,7 +250,10 @@ def _level_losses(
 
 def level_loss(trial: Trial, component: str, pruning: Pruning) -> float:
     """Of one cut of one component, measured: a job for another process."""
-    return trial.loss(pruned(trial.student, {component: pruning}))
+    try:
+        return trial.loss(pruned(trial.student, {component: pruning}))
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        raise not_following(component, f"it no longer runs: {error}") from error
 
 
 def _removals(

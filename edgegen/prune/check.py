@@ -38,25 +38,26 @@ def check(component: Component, found: Found, pruning: Pruning) -> None:
     try:
         program = capture(small)
     except EdgegenError as error:
-        raise _refused(component, f"it no longer runs: {error.message}") from error
+        raise not_following(component.name, f"it no longer runs: {error.message}") from error
     before = [node for node in found.axes.of if node.op == "call_function"]
     after = [node for node in program.graph.nodes if node.op == "call_function"]
     if [node.target for node in before] != [node.target for node in after]:
-        raise _refused(component, "it runs through other ops than before")
+        raise not_following(component.name, "it runs through other ops than before")
     for old, new in zip(before, after, strict=True):
         labels = found.axes.of[old]
         if isinstance(labels, Labels):
             wanted = _left(labels, found, stays)
             if wanted != shape_of(new):
                 where = found.axes.where(old)
-                raise _refused(component, f"{where} has {list(shape_of(new))} where {list(wanted)} are left")
+                raise not_following(component.name, f"{where} has {list(shape_of(new))} where {list(wanted)} are left")
         if op_name(old) == "aten.slice":
             _check_start(component, found, stays, old, new)
 
 
-def _refused(component: Component, why: str) -> EdgegenError:
+def not_following(component: str, why: str) -> EdgegenError:
+    """Of a component that remembers a size."""
     return EdgegenError(
-        f"component `{component.name}` does not follow what is cut out of it: {why}",
+        f"component `{component}` does not follow what is cut out of it: {why}",
         hint="a module remembers a size; prune other components: `--component NAME`",
     )
 
@@ -109,4 +110,6 @@ def _check_start(component: Component, found: Found, stays: Stays, old: Node, ne
     if nodes is not None and start >= 0:
         wanted = int(_kept(nodes[:start], found, stays).sum())
         if wanted != begins:
-            raise _refused(component, f"{found.axes.where(old)} is cut from {begins} on where {wanted} is meant")
+            raise not_following(
+                component.name, f"{found.axes.where(old)} is cut from {begins} on where {wanted} is meant"
+            )

@@ -190,6 +190,22 @@ class Effect:
 def effects(trial: Trial, found: Sequence[Block], probes: int = PROBES) -> dict[str, Effect]:
     """Block -> its effect, from one drawing of the trial's pictures and `probes` backward passes through it."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {block.name: [] for block in found}
+    sums = dict.fromkeys(seen, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    for one in trial.parts():
+        squares, passed = _squares(one, found, probes, generator)
+        for name in seen:
+            sums[name] += squares[name] / len(trial.seeds)
+            seen[name] += passed[name]
+    by_path = {(block.component, block.path): block for block in found}
+    return {block.name: _effect(block, sums[block.name], seen, by_path) for block in found}
+
+
+def _squares(
+    trial: Trial, found: Sequence[Block], probes: int, generator: torch.Generator
+) -> tuple[dict[str, float], dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Block -> the expected losses of the pictures of `trial`, summed, and what its block read and made."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {block.name: [] for block in found}
     with ExitStack() as stack, torch.enable_grad():
         for block in found:
             module = trial.student.components[block.component].module.get_submodule(block.path)
@@ -197,24 +213,24 @@ def effects(trial: Trial, found: Sequence[Block], probes: int = PROBES) -> dict[
         pictures = trial.draw(trial.student, lambda x: x.requires_grad_())
     outputs = [(block, given, made) for block in found for given, made in seen[block.name]]
     reached = [one for one in outputs if one[2].requires_grad]
-    sums = {block.name: torch.zeros(len(trial.seeds), dtype=torch.float64) for block in found}
-    generator = torch.Generator().manual_seed(0)
-    scale = (PEAK_SQUARED * pictures[0].numel()) ** -0.5
+    count = len(trial.seeds)
+    sums = dict.fromkeys(seen, 0.0)
+    scale = (PEAK_SQUARED * pictures.numel() / count) ** -0.5
     for index in range(probes):
         signs = torch.randint(0, 2, pictures.shape, generator=generator).to(pictures) * 2 - 1
         leaves = [made for _, _, made in reached]
         gradients = torch.autograd.grad(
             pictures, leaves, signs * scale, retain_graph=index + 1 < probes, allow_unused=True
         )
-        dots = {block.name: torch.zeros(len(trial.seeds), dtype=torch.float64) for block in found}
+        dots = {block.name: torch.zeros(count, dtype=torch.float64) for block in found}
         for (block, given, made), gradient in zip(reached, gradients, strict=True):
             if gradient is not None:
                 error = given - made if block.way == "identity" else -made
-                dots[block.name] += (gradient * error.detach()).flatten(1).double().sum(1)
+                # Of one picture the first axis may be its frames.
+                dots[block.name] += (gradient * error.detach()).reshape(count, -1).double().sum(1)
         for name, dot in dots.items():
-            sums[name] += dot.square() / probes
-    by_path = {(block.component, block.path): block for block in found}
-    return {block.name: _effect(block, float(sums[block.name].mean()), seen, by_path) for block in found}
+            sums[name] += float(dot.square().sum()) / probes
+    return sums, {name: [(given, made.detach()) for given, made in passed] for name, passed in seen.items()}
 
 
 def _recorder(kept: list[tuple[Tensor, Tensor]]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from edgegen.precision.prompts import prompts_for
 from edgegen.prune.training import Judged
-from edgegen.students.sample import BATCH, draw
+from edgegen.students.sample import draw_many
 from edgegen.students.shapes.grammar import Scene, training_scenes
 from edgegen.students.shapes.judge import alignment
 from edgegen.students.student import Student
@@ -81,10 +80,6 @@ class Judge:
 
     def _draw(self, student: Student) -> Tensor:
         assert student.config.sampler is not None
-        asked: Sequence[str] = self.prompts.judging
-        made = []
-        for start in range(0, len(asked), BATCH):
-            rows = asked[start : start + BATCH]
-            seeds = [SEED + start + i for i in range(len(rows))]
-            made.append(draw(student, list(rows), seeds, student.config.sampler.default_steps))
-        return torch.cat(made)
+        seeds = [SEED + i for i in range(len(self.prompts.judging))]
+        steps = student.config.sampler.default_steps
+        return torch.from_numpy(np.stack(list(draw_many(student, self.prompts.judging, seeds, steps))))

@@ -9,6 +9,7 @@ errors lead to. A decoder is given what the teacher's denoiser draws, a little d
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -65,7 +66,9 @@ def fastest() -> Arithmetic:
 def call(module: nn.Module, part: Component, given: Mapping[str, Tensor], together: bool) -> Tensor:
     """The first output [N, ...] in fp32 of `module`, called as `part` is; row by row where it takes no more at once."""
     inputs = [given[spec.name] for spec in part.inputs]
-    with sdpa_kernel([SDPBackend.MATH]):  # on a CPU the flash kernel's way back costs twice as much at few tokens
+    # On a CPU the flash kernel's way back costs twice as much at few tokens.
+    with sdpa_kernel([SDPBackend.MATH]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # autocast and a fp32 norm
         if together:
             made = module(*inputs)
             return (made if isinstance(made, Tensor) else made[0]).float()

@@ -16,7 +16,7 @@ from torch import Tensor
 from edgegen.errors import UsageError
 from edgegen.precision.pictures import PEAK_SQUARED
 from edgegen.precision.prompts import prompts_for
-from edgegen.students.sample import condition, decoder_input, initial_noise, sampler_table
+from edgegen.students.sample import at_once, condition, decoder_input, initial_noise, sampler_table
 from edgegen.students.student import Student
 
 SAMPLES = 8
@@ -69,12 +69,13 @@ class Trial:
     @torch.no_grad()
     def drawn(self, student: Student) -> Tensor:
         """What `student` draws, [N, ...] in -1..1."""
-        if student.config.task == "image-to-video":  # its networks take one film at a time
-            alone = [
-                replace(self, given=row[None], seeds=(seed,)) for row, seed in zip(self.given, self.seeds, strict=True)
-            ]
-            return torch.cat([one.draw(student) for one in alone])
-        return self.draw(student)
+        return torch.cat([one.draw(student) for one in self.parts()])
+
+    def parts(self) -> list[Trial]:
+        """Trials of as many pictures as the networks take together."""
+        if at_once(self.student) > 1:
+            return [self]
+        return [replace(self, given=row[None], seeds=(seed,)) for row, seed in zip(self.given, self.seeds, strict=True)]
 
     def draw(self, student: Student, noise: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
         """As `drawn`, and gradients flow from the pictures to what `noise` makes of the first latent."""

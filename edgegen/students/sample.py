@@ -91,6 +91,11 @@ def draw(student: Student, prompts: list[str], seeds: list[int], steps: int) -> 
     return decode(student, decoder_input(student, last))
 
 
+def at_once(student: Student) -> int:
+    """How many pictures are drawn together; networks of videos take one at a time."""
+    return 1 if student.config.task == "image-to-video" else BATCH
+
+
 def decode(student: Student, ready: Tensor) -> Tensor:
     """What the decoder makes of `decoder_input`."""
     decoder = student.components["decoder"]
@@ -99,7 +104,8 @@ def decode(student: Student, ready: Tensor) -> Tensor:
 
 
 def draw_many(student: Student, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Iterator[FloatArray]:
-    """Pictures [3, H, W] one by one, drawn in batches of 32."""
-    for start in range(0, len(prompts), BATCH):
-        rows = slice(start, start + BATCH)
+    """Pictures [3, H, W] or videos [3, T, H, W] one by one, drawn in batches."""
+    batch = at_once(student)
+    for start in range(0, len(prompts), batch):
+        rows = slice(start, start + batch)
         yield from draw(student, list(prompts[rows]), list(seeds[rows]), steps).numpy()

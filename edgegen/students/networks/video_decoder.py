@@ -114,14 +114,14 @@ class Upsampler(nn.Module):
         self.conv = nn.Conv3d(channels, channels * 8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        frames, channels, height, width = x.shape
+        frames, _, height, width = x.shape
         # Upstream a channel's index ends in the frame that it belongs to; here it begins with it, and [T, 2 x 4C] is
         # [2T, 4C] as it lies in memory.
         weight, bias = self.conv.weight, self.conv.bias
         assert bias is not None
         weight = weight.reshape(-1, 2, *weight.shape[1:]).transpose(0, 1).flatten(0, 1)
         y = conv_over_frames(x, weight, bias.reshape(-1, 2).transpose(0, 1).flatten())
-        y = y.reshape(frames * 2, channels * 4, height, width)
+        y = y.reshape(frames * 2, bias.numel() // 2, height, width)
         return F.pixel_shuffle(y[1:], 2)
 
 
