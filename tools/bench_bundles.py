@@ -15,13 +15,13 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from turns import PAUSE, WARM_UP, settings_of, turns
+from turns import PAUSE, WARM_UP, on_cores, settings_of, turns
 
 from edgegen.bundle.open import Bundle, open_bundle
 from edgegen.lower.backend import Array, Executable, get_backend
@@ -65,12 +65,11 @@ def main() -> None:
     names = options.backend or shared
     said = f"{options.turns} of each artifact, medians, after {WARM_UP} that do not count"
     settings = settings_of(names, max(options.threads), turns=said)
-    rows, cores = [], sorted(os.sched_getaffinity(0))
+    rows = []
     for threads in options.threads:
-        os.sched_setaffinity(0, cores[:threads])
         for name in names:
             for part in options.component:
-                rows += [_row(bundles, name, part, threads, calls, options.turns) for calls in options.calls]
+                rows += on_cores(threads, _rows, options.fp32, options.plan, name, part, options.calls, options.turns)
     settings["load average at the end"] = str(os.getloadavg())
     text = _markdown(settings, rows)
     print(text)
@@ -81,20 +80,21 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def _row(
-    bundles: tuple[Bundle, Bundle], backend: str, component: str, threads: int, in_a_row: int, repeats: int
-) -> Row:
+def _rows(fp32: Path, plan: Path, backend: str, component: str, calls: Sequence[int], repeats: int) -> list[Row]:
+    """Of one component, one for each length of turns, with the cores that this process has."""
+    bundles = open_bundle(fp32), open_bundle(plan)
     loaded = [_loaded(one, backend, component) for one in bundles]
-    calls = [partial(run, given) for run, given in loaded]
-    taken = turns(calls, repeats, in_a_row=in_a_row, pause=PAUSE)
+    sizes = [one.artifacts(backend)[component].bytes for one in bundles]
+    rows = []
+    for in_a_row in calls:
+        taken = turns([partial(run, given) for run, given in loaded], repeats, in_a_row=in_a_row, pause=PAUSE)
+        medians, least = [statistics.median(one) * 1e3 for one in taken], [min(one) * 1e3 for one in taken]
+        rows.append(Row(backend, component, len(os.sched_getaffinity(0)), in_a_row, *medians, *least, *sizes))
+        named = f"{backend} {component}, {rows[-1].threads} threads, {in_a_row} calls"
+        print(f"{named}: {rows[-1].fp32_ms:.2f} -> {rows[-1].plan_ms:.2f} ms, {rows[-1].ratio:.3f}", file=sys.stderr)
     for run, _ in loaded:
         run.close()
-    medians, least = [statistics.median(one) * 1e3 for one in taken], [min(one) * 1e3 for one in taken]
-    sizes = [one.artifacts(backend)[component].bytes for one in bundles]
-    row = Row(backend, component, threads, in_a_row, *medians, *least, *sizes)
-    named = f"{backend} {component}, {threads} threads, {in_a_row} calls"
-    print(f"{named}: {row.fp32_ms:.2f} -> {row.plan_ms:.2f} ms, {row.ratio:.3f}", file=sys.stderr)
-    return row
+    return rows
 
 
 def _loaded(bundle: Bundle, backend: str, component: str) -> tuple[Executable, Mapping[str, Array]]:

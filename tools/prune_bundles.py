@@ -15,10 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from pydantic import BaseModel
-from turns import PAUSE, WARM_UP
+from turns import PAUSE, WARM_UP, on_cores
 
 from edgegen.bundle.open import open_bundle
 from edgegen.bundle.run import Runtime
@@ -82,15 +83,9 @@ def bundle(work: Path, name: str, student: Student, quantized: bool) -> Path:
 
 def timed(folders: Mapping[str, Path], prompt: str, threads: int, repeats: int, in_a_row: int) -> list[Timed]:
     """Every bundle, all of them in the same turns."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     made = []
     for backend in BACKENDS:
-        opened = {name: Runtime(open_bundle(folder), backend) for name, folder in folders.items()}
-        try:
-            drawn = _drawn(opened, prompt, repeats, in_a_row)
-        finally:
-            for runtime in opened.values():
-                runtime.close()
+        drawn = on_cores(threads, _drawn, folders, backend, prompt, repeats, in_a_row)
         for name, folder in folders.items():
             first, rest = drawn[name]
             stages = {stage: statistics.median(one[stage] for one in rest) * 1e3 for stage in rest[0]}
@@ -113,16 +108,18 @@ def timed(folders: Mapping[str, Path], prompt: str, threads: int, repeats: int, 
 Drawn = tuple[list[dict[str, float]], list[dict[str, float]]]
 
 
-def _drawn(opened: Mapping[str, Runtime], prompt: str, repeats: int, in_a_row: int) -> dict[str, Drawn]:
+def _drawn(folders: Mapping[str, Path], backend: str, prompt: str, repeats: int, in_a_row: int) -> dict[str, Drawn]:
     """By name, the seconds of the stages of each turn's first picture, and of all the others."""
-    taken: dict[str, Drawn] = {name: ([], []) for name in opened}
-    for turn in range(WARM_UP + repeats):
-        for name, runtime in opened.items():
-            time.sleep(PAUSE)
-            for place in range(in_a_row):
-                timings = runtime.generate(prompt, turn, STEPS[0]).timings
-                if turn >= WARM_UP:
-                    taken[name][min(place, 1)].append(_by_stage(timings))
+    taken: dict[str, Drawn] = {name: ([], []) for name in folders}
+    with ExitStack() as stack:
+        opened = {name: stack.enter_context(Runtime(open_bundle(one), backend)) for name, one in folders.items()}
+        for turn in range(WARM_UP + repeats):
+            for name, runtime in opened.items():
+                time.sleep(PAUSE)
+                for place in range(in_a_row):
+                    timings = runtime.generate(prompt, turn, STEPS[0]).timings
+                    if turn >= WARM_UP:
+                        taken[name][min(place, 1)].append(_by_stage(timings))
     return taken
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -22,6 +26,20 @@ WARM_UP = 3
 """Turns that do not count."""
 PAUSE = 0.004
 """Seconds that are enough for `in_turns`: onnxruntime's threads wait for a millisecond or two before they sleep."""
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def on_cores(count: int, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """What `function` gives in a process of its own that has `count` cores: some runtimes make their threads once."""
+    with ProcessPoolExecutor(1, get_context("spawn"), _keep_to, (count,)) as pool:
+        return pool.submit(function, *arguments, **named).result()
+
+
+def _keep_to(count: int) -> None:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
 def settings_of(backends: Sequence[str], threads: int, **more: str) -> dict[str, str]:

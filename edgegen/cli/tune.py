@@ -76,8 +76,8 @@ def _precisions(_: click.Context, __: click.Parameter, value: str | None) -> tup
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, through joblib.")
 @click.option(
     "--parallel",
-    metavar="NAME",
-    help="A joblib backend that is registered here, as `dask` or `ray`. Default: processes of this machine.",
+    metavar="NAME|dask=ADDRESS",
+    help="A joblib backend; `dask=tcp://HOST:8786` gives work to a Dask scheduler. Default: processes here.",
 )
 @click.option(
     "--output",
@@ -128,11 +128,13 @@ def command(
     names = chosen_backends(device, backends)
     student = Source(lora, arch, arch_config, inputs, timesteps, guidance).open(model)
     options = TuneOptions(components=components or ("denoiser", "decoder"), **asked, **max_latency)
+    workers, _, address = (parallel or "loky").partition("=")
     try:
-        chosen = parallel_config(backend=parallel or "loky")
-    except (ValueError, ImportError) as error:
+        chosen = parallel_config(backend=workers, **({"scheduler_host": address} if address else {}))
+    except (ValueError, ImportError, OSError, TypeError) as error:
         raise UsageError(
-            f"joblib has no backend `{parallel}` here: {error}", hint="leave `--parallel` out for local processes"
+            f"joblib cannot work with `{parallel}`: {str(error).splitlines()[0]}",
+            hint="leave `--parallel` out for local processes; a Dask scheduler is `--parallel dask=tcp://HOST:8786`",
         ) from error
     with output.progress() as progress, chosen:
         tuned = tune(student, device, names, options, Cache(None), progress)

@@ -14,6 +14,7 @@ import gc
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache as once
 from inspect import isfunction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +22,7 @@ from weakref import WeakKeyDictionary
 
 from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
-from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
+from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision, cores
 from edgegen.lower.collection import without_collection
 from edgegen.lower.executorch_quantize import one_dequantize_a_reader, quantized_details, refuse_unrunnable
 from edgegen.lower.mapped_weights import release_pages
@@ -142,6 +143,7 @@ class ExecuTorchBackend:
         if not path.is_file():
             raise EdgegenError(f"{what} does not exist")
         try:
+            _keep_to_cores()
             program = Runtime.get().load_program(path)
             if METHOD not in program.method_names:
                 raise EdgegenError(f"{what} has no method `{METHOD}`")
@@ -158,6 +160,16 @@ class ExecuTorchBackend:
         for side, specs, found in (("inputs", inputs, found_inputs), ("outputs", outputs, found_outputs)):
             check_signature(what, side, _specs(what, side, found, specs), specs)
         return ExecuTorchExecutable(program, method, what, inputs, outputs)
+
+
+@once
+def _keep_to_cores() -> None:
+    """Its pool is the process's and has a thread for every core of the machine, which is more than a process may have
+    that is kept to some of them. Once: methods that are loaded hold the pool that there was."""
+    from executorch.extension.pybindings import portable_lib
+
+    if portable_lib._threadpool_get_thread_count() > cores():
+        portable_lib._unsafe_reset_threadpool(cores())  # "unsafe" while a method runs
 
 
 def _specs(what: str, side: str, found: list[Any], specs: tuple[TensorSpec, ...]) -> list[TensorSpec]:

@@ -14,6 +14,7 @@ rounded.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
-from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
+from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision, cores
 from edgegen.lower.onnx_exact import exact_constants
 from edgegen.lower.onnx_fuse import fuse
 from edgegen.lower.onnx_optimised import PROVIDER, optimised_graph
@@ -323,6 +324,8 @@ def _session(model: bytes | str, path: Path, optimise: bool = True) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if cores() < (os.cpu_count() or 1):
+        options.intra_op_num_threads = cores()
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")

@@ -11,7 +11,6 @@ itself would trace once more, which costs time and loses the module paths that n
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ import numpy as np
 
 from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
-from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
+from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision, cores
 from edgegen.lower.collection import without_collection
 from edgegen.lower.mapped_weights import release_pages
 from edgegen.lower.signature import check_call, check_product, check_signature, reason
@@ -375,7 +374,7 @@ def _interpreter(path: Path, **options: Any) -> Any:
         raise EdgegenError(f"`{path.name}` does not exist")
     try:
         # The runtime verifies the flatbuffer itself before it reads it.
-        interpreter = Interpreter(model_path=str(path), num_threads=_cpus(), **options)
+        interpreter = Interpreter(model_path=str(path), num_threads=cores(), **options)
         interpreter.allocate_tensors()
     except (ValueError, RuntimeError) as error:
         raise EdgegenError(
@@ -383,10 +382,6 @@ def _interpreter(path: Path, **options: Any) -> Any:
             hint="the file may be damaged: build it again, or install the ai-edge-litert that its manifest names",
         ) from error
     return interpreter
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _spec(name: str, tensor: Mapping[str, Any], what: str) -> TensorSpec:
