@@ -61,6 +61,7 @@ from edgegen.students.student import Component, Student
 from edgegen.targets import load_target
 
 PARTS = ("asked", "half", "separable", "small", "bundles", "elastic")
+BUNDLES = ("float", "asked", "small, quantized")
 CUT = ("denoiser", "decoder")
 ASKED = {"denoiser": 0.6, "decoder": 0.5}
 HALF = {"denoiser": 0.5, "decoder": 0.5}
@@ -281,6 +282,23 @@ def separable_decoders(bench: Bench) -> dict[str, Student]:
     }
 
 
+def bundles_of(
+    bench: Bench, asked: argparse.Namespace, small: Mapping[str, float], small_heal: int
+) -> dict[str, Callable[[], tuple[Student, bool]]]:
+    """By name, the student of a bundle and whether it is quantized."""
+    decoders = {} if asked.bundle else separable_decoders(bench)
+    return {
+        "float": lambda: (bench.student, False),
+        **{name: partial(_healed, bench, name, cut, asked.separable_heal) for name, cut in decoders.items()},
+        "asked": lambda: (bench.healed("asked", bench.chosen("asked", ASKED), asked.heal), False),
+        "small, quantized": lambda: (bench.healed("small", bench.small(small), small_heal), True),
+    }
+
+
+def _healed(bench: Bench, name: str, cut: Student, steps: int) -> tuple[Student, bool]:
+    return bench.healed(name, cut, steps), False
+
+
 def macs(student: Student, name: str) -> float:
     return count(capture(student.components[name])).macs
 
@@ -322,7 +340,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/prune"), help="what is found again")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--heal", type=int, default=2000, help="steps of `asked` and of the separable decoders")
+    parser.add_argument("--heal", type=int, default=2000, help="steps of `asked`")
+    parser.add_argument("--separable-heal", type=int, default=300, help="steps of the separable decoders")
     parser.add_argument("--small-heal", type=int, help="steps of `small`; default: those of --heal")
     parser.add_argument("--half-heal", type=int, nargs="+", default=[50, 200], help="steps of both students of `half`")
     parser.add_argument("--small", type=float, default=0.3, help="share of the denoiser's MACs that `small` keeps")
@@ -330,6 +349,7 @@ def main() -> int:
     parser.add_argument("--levels", type=float, nargs="+", default=[0.75, 0.5, 0.3], help="shares of MACs of `elastic`")
     parser.add_argument("--elastic-heal", type=int, default=1000, help="steps of `elastic`, together and alone")
     parser.add_argument("--limit", type=int, help="an even share of the held-back prompts instead of all 432")
+    parser.add_argument("--bundle", nargs="+", choices=BUNDLES, help="default: these and the separable decoders")
     parser.add_argument("--repeats", type=int, default=20, help="turns of each bundle that count")
     parser.add_argument("--in-a-row", type=int, default=10, help="pictures of a turn")
     parser.add_argument("--threads", type=int, nargs="+", default=[len(os.sched_getaffinity(0))], help="of bundles")
@@ -360,20 +380,15 @@ def main() -> int:
                 show()
     if "separable" in asked.part:
         for name, cut in separable_decoders(bench).items():
-            bench.healed(name, cut, asked.heal)
+            bench.healed(name, cut, asked.separable_heal)
             show()
     small, small_heal = {"denoiser": asked.small, "decoder": asked.small_decoder}, asked.small_heal or asked.heal
     if "small" in asked.part:
         bench.healed("small", bench.small(small), small_heal)
         show()
     if "bundles" in asked.part:
-        students = {
-            "float": (bench.student, False),
-            **{name: (bench.healed(name, cut, asked.heal), False) for name, cut in separable_decoders(bench).items()},
-            "asked": (bench.healed("asked", bench.chosen("asked", ASKED), asked.heal), False),
-            "small, quantized": (bench.healed("small", bench.small(small), small_heal), True),
-        }
-        folders = {name: bundles.bundle(bench.work, name, *one) for name, one in students.items()}
+        built = bundles_of(bench, asked, small, small_heal)
+        folders = {name: bundles.bundle(bench.work, name, *built[name]()) for name in asked.bundle or built}
         prompt = bench.student.config.example_prompts[0]
         for threads in asked.threads:
             bench.remember(bundles.timed(folders, prompt, threads, asked.repeats, asked.in_a_row))

@@ -130,6 +130,8 @@ def command(
     options = TuneOptions(components=components or ("denoiser", "decoder"), **asked, **max_latency)
     workers, _, address = (parallel or "loky").partition("=")
     try:
+        if address and workers != "dask":
+            raise ValueError(f"`{workers}` has no scheduler whose address could be given")
         chosen = parallel_config(backend=workers, **({"scheduler_host": address} if address else {}))
     except (ValueError, ImportError, OSError, TypeError) as error:
         raise UsageError(

@@ -93,6 +93,14 @@ def test_milliseconds_of_a_target_of_unknown_speed_are_refused(tuned, capsys):
     assert "--max-latency 0.6x" in err
 
 
+@pytest.mark.parametrize("workers", ["nowhere", "loky=tcp://127.0.0.1:1", "dask=tcp://127.0.0.1:1"])
+def test_workers_that_joblib_does_not_have_are_refused(arguments, workers, capsys):
+    code, out, err = run(capsys, *arguments, "--precision-set", "none", "--parallel", workers)
+    assert (code, out) == (2, "")
+    assert f"joblib cannot work with `{workers}`" in err
+    assert "leave `--parallel` out" in err
+
+
 def test_a_recipe_of_another_student_is_refused(tuned, shapes):
     folder, _ = tuned
     recipe = read_recipe(next((folder / "out").glob("*.json")))
