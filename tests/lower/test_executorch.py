@@ -1,5 +1,10 @@
 """The ExecuTorch backend on the shipped student: parity, order, bytes, damage, how XNNPACK cuts it."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -48,6 +53,28 @@ def test_a_small_denoiser_in_fp16_matches_torch(lowering, tiny, tmp_path):
     found = executable(named)["prediction"]
     executable.close()
     assert FLOORS["fp16"] <= lowering.sqnr(expected, found) < 90
+
+
+ON_ONE_CORE = """
+import json, os, sys
+from pathlib import Path
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+from edgegen.graph.tensor_spec import TensorSpec
+from edgegen.lower.executorch import BACKEND
+inputs, outputs = ([TensorSpec.model_validate(one) for one in side] for side in json.loads(sys.argv[2]))
+BACKEND.load(Path(sys.argv[1]), tuple(inputs), tuple(outputs)).close()
+from executorch.extension.pybindings import portable_lib
+print(portable_lib._threadpool_get_thread_count())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system keeps no process to some of its cores")
+def test_no_more_threads_than_cores(lowering, executorch_artifacts):
+    artifact = executorch_artifacts["text_encoder", "fp32"]
+    part = lowering.parts["text_encoder"]
+    specs = json.dumps([[one.model_dump() for one in side] for side in (part.inputs, part.outputs)])
+    call = [sys.executable, "-c", ON_ONE_CORE, str(artifact.path), specs]
+    assert subprocess.run(call, check=True, capture_output=True, text=True).stdout.split()[-1] == "1"
 
 
 @pytest.mark.slow
