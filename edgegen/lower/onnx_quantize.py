@@ -5,7 +5,7 @@ What was measured on an x86 CPU with VNNI, one thread, against float32 (QDQ as t
     w8a8            QuantizeLinear / DequantizeLinear around Conv fuse to QLinearConv: 0.25 to 0.33 of the time from 320
                     channels on. Codes of activations are uint8: with int8 an output that several ops read stays float
                     [5 of 44 convolutions of a UNet]. A linear with a bias is MatMulIntegerToFloat, then the codes
-                    of its output [fused from QDQ it is QGemm between two Reshapes, which is slower: of the denoiser of
+                    of its output where the plan has them (one for onnxruntime alone has none) [fused from QDQ it is QGemm between two Reshapes, which is slower: of the denoiser of
                     `shapes` as a whole 3.22 against 2.97 ms]. A weight is stored as MatMul reads it: behind a Transpose
                     it is transposed in every call.
     w8a8-dynamic    linears: range, scale and codes of each row in standard ops, then MatMulIntegerToFloat, then one
@@ -104,7 +104,7 @@ def quantize_model(model: Any, values: Mapping[str, str], ops: Mapping[str, OpPl
     _unsigned(model)
     for name, op in ops.items():
         if op.precision == "w8a8" and op.op == "linear":
-            _static_linear(model, products[name])
+            _static_linear(model, products[name], codes=op.output is not None)
         elif op.precision == "w8a8-dynamic":
             (_dynamic_product if op.op == "matmul" else _dynamic_linear)(model, products[name])
         elif op.precision in ("w4", "w8") and op.form == "affine" and (op.group or op.precision == "w4"):
@@ -237,22 +237,22 @@ def _replace(model: Any, old: list[Any], new: list[Any]) -> None:
     ir.convenience.replace_nodes_and_values(model.graph, old[0], old, new, *ends)
 
 
-def _static_linear(model: Any, product: Any) -> None:
+def _static_linear(model: Any, product: Any, codes: bool) -> None:
     """x @ w + b in one kernel from the codes of x to float, which is quantized as the graph says. Without a bias it is
-    left to onnxruntime, whose QLinearMatMul gives codes."""
+    left to onnxruntime where `codes` are wanted, which its QLinearMatMul gives."""
     bias, old = _bias(product)
-    if bias is None:
+    if bias is None and codes:
         return
     given, weight = product.inputs[0].producer(), product.inputs[1].producer()
-    codes = weight.inputs[0]
+    held = weight.inputs[0]
     if not _turned(product):
-        turned = np.ascontiguousarray(codes.const_value.numpy().T)
-        codes = _constant(model, f"{codes.name}.10", turned)
+        turned = np.ascontiguousarray(held.const_value.numpy().T)
+        held = _constant(model, f"{held.name}.10", turned)
     graph = _Graph(model, product.name)
-    offset = graph.constant(bias.astype(np.float32), ".bias")
+    offset = None if bias is None else graph.constant(bias.astype(np.float32), ".bias")
     x, scale, zero = given.inputs
     name = f"{product.name}product"
-    graph.call("MatMulIntegerToFloat", x, codes, scale, weight.inputs[1], zero, None, offset, domain=CONTRIB, name=name)
+    graph.call("MatMulIntegerToFloat", x, held, scale, weight.inputs[1], zero, None, offset, domain=CONTRIB, name=name)
     _replace(model, old, graph.nodes)
 
 

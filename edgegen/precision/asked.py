@@ -27,6 +27,7 @@ from edgegen.precision.simulate import Drawing, Network
 from edgegen.students.sample import sampler_table
 from edgegen.students.student import Student
 from edgegen.targets import Target
+from edgegen.targets.model import QuantizableOp
 
 Experiment = Pictures | Calls
 
@@ -112,12 +113,17 @@ class Asked:
     def ops(self, key: Key, found: Sequence[Candidate], observed: Ranges) -> tuple[OpPlan, ...]:
         site, seen = self.networks[key[0]].sites[key[1]], observed.components[key[0]][key[1]]
         facts: dict[str, Any] = {"op": site.kind, "weights": site.weights, "macs": site.macs, "input": seen.input}
-        facts |= {"output": seen.output, "step_inputs": seen.step_inputs}
+        facts |= {"output": None if self.float_output(site.kind) else seen.output, "step_inputs": seen.step_inputs}
         facts["other"] = seen.other if site.kind == "matmul" else None
         return tuple(
             OpPlan(precision=one.precision, form=one.form, group=one.group, **facts)  # type: ignore[arg-type]
             for one in found
         )
+
+    def float_output(self, op: QuantizableOp) -> bool:
+        """Whether every backend's w8a8 kernel of it gives float."""
+        costs = [self.target.backend(name).cost(op, "w8a8") for name in self.backends]
+        return all(cost is not None and cost.float_output for cost in costs)
 
     def steps(self) -> int:
         sampler = self.student.config.sampler

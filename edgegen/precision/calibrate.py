@@ -27,7 +27,7 @@ from edgegen.graph.edit import module_path
 from edgegen.graph.evaluate import evaluate
 from edgegen.precision.conditioning import asked, pack
 from edgegen.precision.histogram import Histogram
-from edgegen.precision.plan import Calibration, ComponentPlan, Range
+from edgegen.precision.plan import Calibration, Range
 from edgegen.precision.prompts import Settings, check_prompts
 from edgegen.precision.quantize import tail
 from edgegen.precision.sites import Site, sites
@@ -72,19 +72,6 @@ class Ranges(_Model):
 
     components: dict[str, dict[str, Observed]]
     calibration: Calibration
-
-
-def filled(plan: ComponentPlan, observed: Mapping[str, Observed]) -> ComponentPlan:
-    """`plan` with the ranges of those of its ops that were observed; what it says of others stays."""
-    ops = {}
-    for key, op in plan.ops.items():
-        found = observed.get(key)
-        changes: dict[str, Any] = {}
-        if found is not None:
-            changes = {"input": found.input, "output": found.output, "step_inputs": found.step_inputs}
-            changes["other"] = found.other if op.op == "matmul" else None
-        ops[key] = op.model_copy(update=changes)
-    return plan.model_copy(update={"ops": ops})
 
 
 def calibrate(

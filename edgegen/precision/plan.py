@@ -50,6 +50,7 @@ class OpPlan(_Model):
     other: Range | None = None
     """The second operand of a matmul."""
     output: Range | None = None
+    """None of a w8a8 linear: its sums become float without codes of their own."""
     step_inputs: tuple[Range, ...] = ()
     """Of each of the sampler's timesteps, where they disagree; the range that is used is `input`."""
     weights: int = 0
@@ -58,8 +59,8 @@ class OpPlan(_Model):
 
     @model_validator(mode="after")
     def _agrees(self) -> OpPlan:
-        if self.precision == "w8a8" and (self.input is None or self.output is None):
-            raise ValueError("w8a8 wants the ranges `input` and `output`")
+        if self.precision == "w8a8" and (self.input is None or (self.output is None and self.op != "linear")):
+            raise ValueError("w8a8 wants the ranges `input` and, but for a linear, `output`")
         if self.precision == "w8a8" and self.op == "matmul" and self.other is None:
             raise ValueError("w8a8 of a matmul wants the range `other`")
         if self.op == "matmul" and self.precision in ("w8", "w6", "w4"):

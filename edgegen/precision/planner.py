@@ -25,7 +25,7 @@ from edgegen.precision.sites import Site, sites
 from edgegen.precision.stages import Stages
 from edgegen.students.student import Student
 from edgegen.targets import Target
-from edgegen.targets.model import Place
+from edgegen.targets.model import BackendOnTarget, Place
 
 
 def make_plan(
@@ -187,9 +187,22 @@ def _component_problems(
         else:
             reasons = [refusal(op.op, op.precision, at[key], on) for on in runtimes]
             problems += [f"{where}.precision: {op.precision} is refused: {one}" for one in reasons if one]
+            problems += [f"{where}.output: {one}" for one in _codes_missing(op, runtimes)]
             problems += [f"{where}.{one}: is not finite" for one in bad_ranges(op)]
             problems += _group_problems(where, op, known[key])
     return problems
+
+
+def _codes_missing(op: OpPlan, runtimes: Sequence[BackendOnTarget]) -> list[str]:
+    """A plan for runtimes whose kernels give float, asked of others."""
+    if op.precision != "w8a8" or op.output is not None:
+        return []
+    costs = {on.name: on.cost(op.op, "w8a8") for on in runtimes}
+    return [
+        f"w8a8 with `{name}` wants the range of its codes"
+        for name, cost in costs.items()
+        if cost is None or not cost.float_output
+    ]
 
 
 def _group_problems(where: str, op: OpPlan, site: Site) -> list[str]:

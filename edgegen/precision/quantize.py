@@ -87,7 +87,7 @@ class _Writer:
         if op.op != "matmul":
             given[1] = self._weight(node, op)
         if not self._on_grid_only and op.precision == "w8a8":
-            assert op.input is not None and op.output is not None
+            assert op.input is not None
             given[0] = self._static(node, given[0], op.input)
             if op.op == "matmul":
                 assert op.other is not None
@@ -99,8 +99,7 @@ class _Writer:
             if op.op == "matmul":
                 given[1] = self._dynamic(node, given[1], rows=False)
         node.args = tuple(given)
-        if not self._on_grid_only and op.precision == "w8a8":
-            assert op.output is not None
+        if not self._on_grid_only and op.precision == "w8a8" and op.output is not None:
             self._output(tail(node), op.output)
 
     def _weight(self, node: Node, op: OpPlan) -> Node:

@@ -48,13 +48,13 @@ class Changed:
         if self.bias is not None:
             given[2] = self.bias
         if self.op.precision == "w8a8":
-            assert self.op.input is not None and self.op.output is not None
+            assert self.op.input is not None
             given[0] = fake_quantized(given[0], self.op.input)
             if self.op.op == "matmul":
                 assert self.op.other is not None
                 given[1] = fake_quantized(given[1], self.op.other)
             made: Tensor = node.target(*given, **kwargs)
-            return fake_quantized(made, self.op.output)
+            return made if self.op.output is None else fake_quantized(made, self.op.output)
         if self.op.precision == "w8a8-dynamic":
             given[0] = _dynamic(given[0], rows=self.op.op == "linear")
             if self.op.op == "matmul":

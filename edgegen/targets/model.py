@@ -83,8 +83,9 @@ class PrecisionCost(_Model):
     """What a precision costs: `time` is that of a multiply-accumulate of a large op in it over the same in fp32. What
     small ops take besides: `values` for each value that the op reads and writes, `call` for each call, both in
     multiply-accumulates of fp32 that take as long; where they are not said, fp32's, and without those nothing. `form`
-    and `group` are those of `edgegen.precision.plan.OpPlan`: how the runtime keeps such weights. `reference`: as that
-    of a denial, or `assumed: ...`; a plan's latency is an estimate by it."""
+    and `group` are those of `edgegen.precision.plan.OpPlan`: how the runtime keeps such weights. `float_output`: a
+    kernel gives float from integer sums, so that the output goes through no codes of its own. `reference`: as that of a
+    denial, or `assumed: ...`; a plan's latency is an estimate by it."""
 
     op: QuantizableOp
     precision: ExecutablePrecision
@@ -93,6 +94,7 @@ class PrecisionCost(_Model):
     call: Annotated[float, Field(ge=0, le=1e9)] | None = None
     form: Literal["affine", "palette"] = "affine"
     group: Annotated[int, Field(ge=0, le=1024)] = 0
+    float_output: bool = False
     reference: Annotated[str, Field(pattern=r"^(measured|assumed|read): .", max_length=600)]
 
 

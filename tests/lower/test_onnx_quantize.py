@@ -78,8 +78,8 @@ def _plan(program, inputs, choose):
         node = calls[site.node]
         names = {"input": node.args[0].name, "output": tail(node).name}
         names |= {"other": node.args[1].name} if site.kind == "matmul" else {}
-        ranges = {key: Range(low=seen[name][0], high=seen[name][1]) for key, name in names.items()}
         fields = chosen if isinstance(chosen, dict) else {"precision": chosen}
+        ranges = {key: Range(low=seen[name][0], high=seen[name][1]) for key, name in names.items() if key not in fields}
         ops[site.node] = OpPlan(op=site.kind, **fields, **ranges)
     return ops
 
@@ -121,6 +121,22 @@ def test_every_op_of_a_static_plan_runs_in_integers(small, tmp_path):
     assert {"QLinearConv", "QLinearMatMul"} <= set(found)
     assert not {"Conv", "MatMul", "Gemm"} & set(found)
     assert parity >= 35 and quality >= reference - 1
+
+
+def test_linears_without_codes_of_their_output_give_float(small, tmp_path):
+    """With and without a bias; convolutions and products of activations keep theirs."""
+    bare = {"precision": "w8a8", "output": None}
+    result, ops, parity, quality, reference = _lowered(
+        small, lambda site: bare if site.kind == "linear" else None, tmp_path
+    )
+    assert len(ops) == 5 and result.details["int8_ops"] == "5"
+    found = [node.op_type for node in optimised_graph(tmp_path / result.file).node]
+    assert found.count("MatMulIntegerToFloat") == 5
+    assert "QLinearMatMul" not in found
+    assert parity >= 60 and quality >= reference - 1
+    (tmp_path / "coded").mkdir()
+    _, _, _, coded, _ = _lowered(small, lambda site: "w8a8" if site.kind == "linear" else None, tmp_path / "coded")
+    assert quality > coded
 
 
 def test_what_a_kernel_does_not_take_is_an_error_that_names_the_op(small, tmp_path):

@@ -65,6 +65,24 @@ def written(planned, tiny, programs, tmp_path):
     return read
 
 
+def test_outputs_have_codes_unless_every_backend_gives_float(plan_with, tiny, programs, tmp_path):
+    asked = {"max_size_ratio": 0.35, "precisions": ("w8a8",)}
+    alone = plan_with(("onnx",), **asked)
+    ops = [op for part in alone.plan.components.values() for op in part.ops.values() if op.precision == "w8a8"]
+    linears = [op for op in ops if op.op == "linear"]
+    assert linears and all(op.output is None for op in linears)
+    assert all(op.output is not None for op in ops if op.op != "linear")
+    both = plan_with(("onnx", "tflite"), **asked)
+    assert all(op.output is not None for part in both.plan.components.values() for op in part.ops.values())
+    path = tmp_path / "plan.toml"
+    write_plan(path, alone.plan, alone.notes)
+    assert read_plan(path, tiny, load_target("linux-x86"), programs) == alone.plan
+    text = path.read_text()
+    path.write_text(text.replace('backends = ["onnx"]', 'backends = ["onnx", "tflite"]'))
+    with pytest.raises(PlanFileError, match=r"output: w8a8 with `tflite` wants the range of its codes"):
+        read_plan(path, tiny, load_target("linux-x86"), programs)
+
+
 def test_a_plan_keeps_to_its_budget_and_says_what_it_expects(planned):
     said = planned.plan.predicted
     assert said["picture_psnr_db"] >= 45.0
