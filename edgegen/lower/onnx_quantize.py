@@ -5,9 +5,9 @@ What was measured on an x86 CPU with VNNI, one thread, against float32 (QDQ as t
     w8a8            QuantizeLinear / DequantizeLinear around Conv fuse to QLinearConv: 0.25 to 0.33 of the time from 320
                     channels on. Codes of activations are uint8: with int8 an output that several ops read stays float
                     [5 of 44 convolutions of a UNet]. A linear with a bias is MatMulIntegerToFloat, then the codes
-                    of its output where the plan has them (one for onnxruntime alone has none) [fused from QDQ it is QGemm between two Reshapes, which is slower: of the denoiser of
-                    `shapes` as a whole 3.22 against 2.97 ms]. A weight is stored as MatMul reads it: behind a Transpose
-                    it is transposed in every call.
+                    of its output where the plan has them (one for onnxruntime alone has none) [fused from QDQ it is
+                    QGemm between two Reshapes, which is slower: of the denoiser of `shapes` as a whole 3.22 against
+                    2.97 ms]. A weight is stored as MatMul reads it: behind a Transpose it is transposed in every call.
     w8a8-dynamic    linears: range, scale and codes of each row in standard ops, then MatMulIntegerToFloat, then one
                     Gemm for zero points and bias: 0.31 to 0.52. DynamicQuantizeLinear has one range for the whole
                     tensor: 0.28 to 0.34 of the time, 6 to 9 dB worse. Convolutions: ConvInteger takes 3.5 times as
