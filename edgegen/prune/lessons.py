@@ -185,6 +185,12 @@ class Walks:
         assert self.teacher.config.sampler is not None
         return tuple(sampler_table(self.teacher, count) for count in sorted(self.teacher.config.sampler.times))
 
+    @cached_property
+    def _shares(self) -> Tensor:
+        """Of walks of each step count: every count is as often asked as any other, and a walk of one step is asked
+        once."""
+        return torch.tensor([1 / len(table) for table in self._tables])
+
     def _begin(self, generator: torch.Generator) -> None:
         assert self.teacher.config.latent is not None
         shape = (self.batch, *self.teacher.config.latent.shape[1:])
@@ -198,7 +204,7 @@ class Walks:
         """New prompts and noise for `rows`."""
         device = self._latent.device
         self._prompt[rows] = torch.randint(len(self.prompts), (len(rows),), generator=generator)
-        self._count[rows] = torch.randint(len(self._tables), (len(rows),), generator=generator)
+        self._count[rows] = torch.multinomial(self._shares, len(rows), replacement=True, generator=generator)
         self._place[rows] = 0
         self._latent[rows] = torch.randn((len(rows), *self._latent.shape[1:]), generator=generator).to(device)
         heard = self._heard(self._prompt[rows])
