@@ -33,11 +33,16 @@ Notes = Mapping[tuple[str, str], str]
 """(component, op) -> what to say beside its precision."""
 
 
+SHOWN = 20
+"""Problems of a file that are said one by one."""
+
+
 class PlanFileError(UsageError):
     """A plan file is not one, or not of this student and target; `problems` has a line for each thing that is wrong."""
 
     def __init__(self, problems: list[str], hint: str = "`edgegen plan --help` says how to make one") -> None:
-        super().__init__("\n".join(problems), hint=hint)
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        super().__init__("\n".join([*problems[:SHOWN], *more]), hint=hint)
         self.problems = problems
 
 

@@ -25,7 +25,7 @@ from edgegen.precision.sites import Site, sites
 from edgegen.precision.stages import Stages
 from edgegen.students.student import Student
 from edgegen.targets import Target
-from edgegen.targets.model import BackendOnTarget, Place
+from edgegen.targets.model import Place
 
 
 def make_plan(
@@ -134,6 +134,7 @@ def check_plan(
     stray = [name for name in plan.backends if name not in target.backends]
     if stray:
         raise PlanFileError([f"{where}backends: target `{target.name}` does not run `{stray[0]}`"])
+    _check_codes(plan, target, where)
     problems = _sampler_problems(plan, student, where)
     made = programs if programs is not None else canonical_programs(student, plan.backends)
     for name, part in plan.components.items():
@@ -187,22 +188,29 @@ def _component_problems(
         else:
             reasons = [refusal(op.op, op.precision, at[key], on) for on in runtimes]
             problems += [f"{where}.precision: {op.precision} is refused: {one}" for one in reasons if one]
-            problems += [f"{where}.output: {one}" for one in _codes_missing(op, runtimes)]
             problems += [f"{where}.{one}: is not finite" for one in bad_ranges(op)]
             problems += _group_problems(where, op, known[key])
     return problems
 
 
-def _codes_missing(op: OpPlan, runtimes: Sequence[BackendOnTarget]) -> list[str]:
-    """A plan for runtimes whose kernels give float, asked of others."""
-    if op.precision != "w8a8" or op.output is not None:
-        return []
-    costs = {on.name: on.cost(op.op, "w8a8") for on in runtimes}
-    return [
-        f"w8a8 with `{name}` wants the range of its codes"
-        for name, cost in costs.items()
-        if cost is None or not cost.float_output
+def _check_codes(plan: PrecisionPlan, target: Target, where: str) -> None:
+    """A plan for runtimes whose kernels give float is none for others."""
+    bare = [
+        (f"components.{name}.ops.{key}", op)
+        for name, part in plan.components.items()
+        for key, op in part.ops.items()
+        if op.precision == "w8a8" and op.output is None
     ]
+    for backend in plan.backends:
+        costs = [target.backend(backend).cost(op.op, "w8a8") for _, op in bare]
+        if any(cost is None or not cost.float_output for cost in costs):
+            raise PlanFileError(
+                [
+                    f"{where}{bare[0][0]}: w8a8 without a range `output`, and so are {len(bare) - 1} more: "
+                    f"the plan is for runtimes that end such an op in float, and `{backend}` does not"
+                ],
+                hint=f"make the plan again with `--backend {','.join(plan.backends)}`",
+            )
 
 
 def _group_problems(where: str, op: OpPlan, site: Site) -> list[str]:

@@ -79,7 +79,7 @@ def test_outputs_have_codes_unless_every_backend_gives_float(plan_with, tiny, pr
     assert read_plan(path, tiny, load_target("linux-x86"), programs) == alone.plan
     text = path.read_text()
     path.write_text(text.replace('backends = ["onnx"]', 'backends = ["onnx", "tflite"]'))
-    with pytest.raises(PlanFileError, match=r"output: w8a8 with `tflite` wants the range of its codes"):
+    with pytest.raises(PlanFileError, match=r"w8a8 without a range `output`.* and `tflite` does not"):
         read_plan(path, tiny, load_target("linux-x86"), programs)
 
 
