@@ -12,10 +12,9 @@ import edgegen
 from edgegen.cache import Cache
 from edgegen.errors import EdgegenError, UsageError
 from edgegen.graph.evaluate import evaluate
-from edgegen.precision.calibrate import affordable, calibrate, calibrate_once, filled
+from edgegen.precision.calibrate import affordable, calibrate, calibrate_once
 from edgegen.precision.encode import activation_qparams, grid
 from edgegen.precision.histogram import Histogram
-from edgegen.precision.plan import ComponentPlan, OpPlan
 from edgegen.precision.prompts import (
     check_prompts,
     data_folder,
@@ -85,17 +84,6 @@ def test_ranges_are_kept_for_each_timestep_where_they_disagree(tiny, tiny_progra
     assert one.input.low == min(step.low for step in one.step_inputs)
     assert not any(found.step_inputs for found in never.components["denoiser"].values())
     assert not any(found.step_inputs for found in always.components["decoder"].values())
-
-
-def test_a_plan_is_filled_in(ranges, tiny_programs):
-    ops = {key: OpPlan(op=one.kind, precision="fp32") for key, one in sites(tiny_programs["denoiser"]).items()}
-    plan = filled(ComponentPlan(float_precision="fp32", ops=ops), ranges.components["denoiser"])
-    for key, op in plan.ops.items():
-        assert (op.input, op.output) == (
-            ranges.components["denoiser"][key].input,
-            ranges.components["denoiser"][key].output,
-        )
-        OpPlan.model_validate(op.model_dump() | {"precision": "w8a8"})
 
 
 def test_what_was_observed_is_not_observed_again(tiny, tiny_programs, ranges, tmp_path):
