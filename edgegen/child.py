@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 import edgegen
 from edgegen import errors
+from edgegen.cores import cores
 from edgegen.errors import EdgegenError
 from edgegen.nursery import Home, Job
 
@@ -147,9 +148,9 @@ def environment() -> dict[str, str]:
     root = Path(edgegen.__file__).resolve().parent.parent
     if root.name not in ("site-packages", "dist-packages"):  # run from a checkout
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), env.get("PYTHONPATH"))))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = cores()
     asked = env.get("OMP_NUM_THREADS", "")
-    env["OMP_NUM_THREADS"] = str(min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores)
+    env["OMP_NUM_THREADS"] = str(min(most, int(asked)) if asked.isdecimal() and int(asked) else most)
     # Converters iterate over sets of names; one hash seed makes their order, and so the artifact, repeatable.
     env |= {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
     return env

@@ -7,7 +7,6 @@ that the runtime itself does not need (no torch for TFLite and ONNX).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -119,11 +118,6 @@ class Backend(Protocol):
 
 
 BACKENDS = ("coreml", "coreai", "executorch", "tflite", "onnx")
-
-
-def cores() -> int:
-    """Processor cores that this process may use; a runtime makes no more threads than that."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def get_backend(name: str) -> Backend:

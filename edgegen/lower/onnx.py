@@ -20,9 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgegen.cores import cores
 from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
-from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision, cores
+from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
 from edgegen.lower.onnx_exact import exact_constants
 from edgegen.lower.onnx_fuse import fuse
 from edgegen.lower.onnx_optimised import PROVIDER, optimised_graph

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from edgegen.cores import cores
 from edgegen.errors import EdgegenError
 from edgegen.graph.tensor_spec import TensorSpec
-from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision, cores
+from edgegen.lower.backend import Array, Delegation, Lowered, LowerRequest, Precision
 from edgegen.lower.collection import without_collection
 from edgegen.lower.mapped_weights import release_pages
 from edgegen.lower.signature import check_call, check_product, check_signature, reason

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from edgegen.cores import cores
 from edgegen.errors import EdgegenError
 from edgegen.graph.tiles import Tiling
 from edgegen.lower.backend import Array, Backend, Executable
@@ -95,14 +96,13 @@ VERIFYING = "while verifying"
 
 def this_host() -> Host:
     """Describe the machine this process runs on."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = os.environ.get("OMP_NUM_THREADS")
     return Host(
         cpu=_cpu_model(),
         machine=platform.machine(),
         os=_os_name(),
         python=platform.python_version(),
-        cpus_usable=usable,
+        cpus_usable=cores(),
         threads=f"OMP_NUM_THREADS={limit}" if limit else "the runtime's default",
         load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     )

@@ -18,16 +18,7 @@ from edgegen.students.checkpoint import save_pt
 from edgegen.students.load import load
 from edgegen.students.pruning import Pruning
 from edgegen.students.sample import draw
-
-
-class Silent:
-    def stage(self, name, total): ...
-
-    def advance(self): ...
-
-    def note(self, text): ...
-
-    def status(self, text): ...
+from tests.prune.silent import Silent
 
 
 def decoder_cut(kept):

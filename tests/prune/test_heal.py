@@ -21,21 +21,7 @@ from edgegen.prune.lessons import Pair, Walks, fastest, takes_batches
 from edgegen.prune.training import Judged
 from edgegen.students.pruning import Pruning
 from edgegen.students.shapes.grammar import held_back
-
-
-class Silent:
-    def __init__(self):
-        self.stages, self.notes = [], []
-
-    def stage(self, name, total):
-        self.stages.append(name)
-
-    def advance(self): ...
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def status(self, text): ...
+from tests.prune.silent import Silent
 
 
 def inner(student):

@@ -14,16 +14,7 @@ from edgegen.prune.space import to_pruning
 from edgegen.prune.trial import Trial
 from edgegen.students.families.registry import new
 from edgegen.students.pruning import Pruning
-
-
-class Silent:
-    def stage(self, name, total): ...
-
-    def advance(self): ...
-
-    def note(self, text): ...
-
-    def status(self, text): ...
+from tests.prune.silent import Silent
 
 
 @pytest.fixture(scope="module")
