@@ -41,12 +41,13 @@ from edgegen.graph.capture import capture
 from edgegen.graph.count import count
 from edgegen.prune.apply import pruned
 from edgegen.prune.assemble import Assembled, Options, assemble
-from edgegen.prune.command import PruneOptions, prune
+from edgegen.prune.command import prune
 from edgegen.prune.elastic import at_level, heal_levels, with_levels
 from edgegen.prune.find import spaces
 from edgegen.prune.heal import HealOptions, heal
 from edgegen.prune.importance import Probe, importance, magnitude
 from edgegen.prune.nested import Asked, choose
+from edgegen.prune.options import PruneOptions
 from edgegen.prune.ratio import ratio_for
 from edgegen.prune.search import search
 from edgegen.prune.separable import separate
@@ -248,7 +249,8 @@ class Bench:
         cuts = self.cut(f"elastic {' '.join(one.name for one in asked)}", make).config.levels
         print("elastic: heal all levels", file=sys.stderr, flush=True)
         started, worked = time.monotonic(), time.process_time()
-        stored = with_levels(heal_levels(self.student, cuts, HealOptions(steps=steps), self.cache, Lines()), cuts)
+        whole = with_levels(self.student, cuts)
+        stored = heal_levels(self.student, whole, HealOptions(steps=steps), self.cache, Lines())
         seconds, cpu = time.monotonic() - started, time.process_time() - worked
         for name, cut in cuts.items():
             self.row(f"elastic, level {name}", at_level(stored, name), steps, seconds, cpu)

@@ -15,12 +15,15 @@ from edgegen.cli.student_source import source_options
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgegen.prune.command import Made, PruneOptions
+    from edgegen.prune.command import Made
     from edgegen.prune.heal import Healed, HealOptions
     from edgegen.prune.nested import Nested
+    from edgegen.prune.options import PruneOptions
     from edgegen.students.student import Student
     from edgegen.targets import Target
 
+WIDTHS = ("max_macs", "ratio", "uniform", "separable")
+"""Options that say how small, beside `--max-latency` and `--levels`."""
 SHOWN = 3
 """Names of spaces that are listed for one reason."""
 
@@ -103,6 +106,12 @@ def _level_name(shares: dict[str, float]) -> str:
     help="Share of every space that goes, as `0.4`.",
 )
 @click.option(
+    "--recipe",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="What `edgegen tune` chose for MODEL, instead of a budget.",
+)
+@click.option(
     "--separable",
     callback=_separable,
     metavar="SHARE",
@@ -153,6 +162,7 @@ def command(
     heal_steps: int | None,
     heal_rate: float,
     heal_batch: int,
+    recipe: Path | None,
     min_psnr: float | None,
     max_drop: float | None,
     destination: Path,
@@ -174,11 +184,15 @@ def command(
     With --levels, OUTPUT holds several nested sizes of which every device takes the one that fits it, and --heal trains
     all of them together.
     """
+    from dataclasses import replace
+
     from edgegen.build.recipe import chosen_backends
     from edgegen.cache import Cache
     from edgegen.errors import UsageError
-    from edgegen.prune.command import PruneOptions, prune
+    from edgegen.prune.command import prune
     from edgegen.prune.heal import HealOptions, heal, require_drawing
+    from edgegen.prune.options import PruneOptions
+    from edgegen.prune.recipe import read_recipe
     from edgegen.students.source import Source
     from edgegen.targets import load_target
 
@@ -186,6 +200,10 @@ def command(
     names = chosen_backends(device, backends)
     student = Source(lora, arch, arch_config, inputs, timesteps, guidance).open(model)
     options = PruneOptions(components=components or (), **asked, **max_latency)
+    if recipe is not None:
+        if levels is not None or components or max_latency or any(asked[one] for one in WIDTHS):
+            raise UsageError("`--recipe` says what comes out, and so does another option", hint="give `--recipe` alone")
+        options = replace(options, recipe=read_recipe(recipe))
     if heal_steps is None and (min_psnr is not None or max_drop is not None):
         raise UsageError("`--min-psnr` and `--max-drop` say when healing may end", hint="add `--heal 2000`")
     if heal_steps is not None:
@@ -194,15 +212,10 @@ def command(
     if heal_steps is not None:
         how = HealOptions(heal_steps, heal_batch, heal_rate, max_drop=max_drop, min_psnr=min_psnr)
     if levels is not None:
-        if any(asked[one] for one in ("ratio", "uniform", "max_macs")) or max_latency:
+        if any(asked[one] for one in WIDTHS if one != "separable") or max_latency:
             raise UsageError(
                 "`--levels` says how small every level is, and so do `--max-macs`, `--max-latency` and `--ratio`",
                 hint="give one of them",
-            )
-        if asked["separable"]:
-            raise UsageError(
-                "`--levels` are all of the same convolutions",
-                hint="first `--separable 40% -o separable.pt` alone, then `--levels` of what comes out",
             )
         if min_psnr is not None or max_drop is not None:
             raise UsageError(

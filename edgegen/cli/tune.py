@@ -109,9 +109,9 @@ def command(
 ) -> None:
     """Choose widths, blocks and precisions of MODEL together: walk the front of latency and quality for a device.
 
-    The fastest points that still draw are written as recipes, each with the student that it leaves, which wants
-    healing, and then `edgegen plan` with the shares that the recipe says. Latencies are estimates from kernels timed on
-    this machine.
+    The fastest points that still draw are written as recipes, each with the student that it leaves. That wants healing
+    (`edgegen prune --recipe`), and then `edgegen plan` with the shares that the recipe says. Latencies are estimates
+    from kernels timed on this machine.
     """
     from joblib import parallel_config
 
@@ -154,10 +154,10 @@ def command(
         "kernel_fit_error": tuned.surface_error,
         "front": [one.plain() for one in tuned.front],
     }
-    output.report(data, lambda: clean(_text(tuned, paths, device.name, names)))
+    output.report(data, lambda: clean(_text(tuned, paths, model, device.name, names)))
 
 
-def _text(tuned: Tuned, paths: list[Path], target: str, backends: tuple[str, ...]) -> str:
+def _text(tuned: Tuned, paths: list[Path], model: Path, target: str, backends: tuple[str, ...]) -> str:
     lines = ["shares of what the student costs; latency is estimated, picture and alignment are unhealed and in float"]
     head = "".join(f"{f'latency {name}':>20}" for name in backends)
     lines += ["", f"  {head}{'macs':>8}{'bytes':>8}{'blocks':>8}{'int8..':>8}{'estimated':>12}{'drawn':>10}  aligned"]
@@ -179,11 +179,12 @@ def _text(tuned: Tuned, paths: list[Path], target: str, backends: tuple[str, ...
             f"  blocks: rank correlation {tuned.correlation:.3f} of first-order estimates with measured removal"
         )
     for path, (recipe, _) in zip(paths, tuned.recipes, strict=True):
-        lines += ["", str(path), f"  {path.with_suffix('.pt')} is what it leaves"]
+        healed, on = path.with_name(f"{path.stem}-healed.pt"), f"--target {target} --backend {','.join(backends)}"
+        lines += ["", str(path), f"  {path.with_suffix('.pt')} is what it leaves, not healed"]
+        lines.append(f"  heal: edgegen prune {model} {on} --recipe {path} --heal 2000 -o {healed}")
         if recipe.precisions:
-            asked = f"--max-latency {recipe.plan_latency:g} --max-size {recipe.plan_size * 100:.1f}%"
-            model = f"{path.with_suffix('.pt')} --target {target} --backend {','.join(backends)}"
-            lines.append(f"  healed, `edgegen plan {model} {asked}` gives it its precisions")
+            asked = f"--max-latency {recipe.plan_latency:g}x --max-size {recipe.plan_size * 100:.1f}%"
+            lines.append(f"  then: edgegen plan {healed} {on} {asked}")
     if not paths:
         lines += ["", "no point draws well enough for a recipe: lower `--min-psnr`, or ask for less"]
     return "\n".join(lines)

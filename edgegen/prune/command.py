@@ -14,15 +14,17 @@ from edgegen.errors import UsageError
 from edgegen.graph.capture import capture
 from edgegen.graph.count import GraphCount, count
 from edgegen.precision.options import Progress
-from edgegen.prune.apply import pruned, require_modules
+from edgegen.prune.apply import pruned
 from edgegen.prune.check import check
 from edgegen.prune.elastic import require_one_size
-from edgegen.prune.find import find
+from edgegen.prune.find import Found, find
 from edgegen.prune.find import spaces as find_spaces
 from edgegen.prune.importance import Floats, Probe, confirmed, importance, magnitude
+from edgegen.prune.lighter import estimated, lighter
+from edgegen.prune.options import PruneOptions, components_of, shares_of
 from edgegen.prune.ratio import by_ratio, ratio_for
+from edgegen.prune.recipe import Recipe, follow
 from edgegen.prune.refusal import refused
-from edgegen.prune.separable import separate
 from edgegen.prune.space import Spaces, to_pruning
 from edgegen.prune.target_speed import target_speed
 from edgegen.prune.trial import Trial
@@ -32,28 +34,6 @@ from edgegen.targets import Target
 
 MEASURED = 16
 """Single units whose removal is measured, beside what was estimated."""
-
-
-@dataclass(frozen=True)
-class PruneOptions:
-    """`components`: () for the denoiser and the decoder, or the one that there is. `max_macs`: component (or "" for
-    each) -> share of what it has. `max_latency` of the whole picture: a share, or milliseconds with `latency_ms`.
-    `ratio`: share of every space that goes. `separable`: component -> the share of its MACs that it is left with by
-    making convolutions separable, before anything is cut. `uniform`: one ratio for all spaces, units ranked by their
-    weights alone. `samples`: pictures that importance is measured on, of `steps` steps."""
-
-    components: tuple[str, ...] = ()
-    max_macs: Mapping[str, float] = field(default_factory=dict)
-    max_latency: float | None = None
-    latency_ms: bool = False
-    ratio: float | None = None
-    separable: Mapping[str, float] = field(default_factory=dict)
-    uniform: bool = False
-    depth: bool = True
-    samples: int = 8
-    steps: int | None = None
-    jobs: int = 1
-    measure: bool = True
 
 
 @dataclass(frozen=True)
@@ -115,6 +95,8 @@ def prune(
     legal network needs."""
     require_one_size(student, "pruning")
     names = components_of(student, options)
+    if options.recipe is not None:
+        return _followed(student, target, backends, options, options.recipe, cache, progress)
     if options.separable:
         return _separated(student, target, backends, options, cache, progress)
     if options.ratio is None and not options.max_macs and options.max_latency is None:
@@ -160,86 +142,98 @@ def prune(
     elif options.uniform:
         progress.stage("ratio for the budget", len(options.max_macs))
         prunings = {}
-        for name, share in _shares(options, names).items():
+        for name, share in shares_of(options, names).items():
             most = share * count(programs[name]).macs
             prunings[name] = ratio_for(student, name, found[name], ranks[name], most, multiple)
             progress.advance()
     else:
         prunings, latency, source = _searched(student, target, backends, options, names, ranks, cache, progress)
+    made = _held(student, known, prunings, progress)
+    parts = tuple(_part(made, name, programs[name], found[name], prunings.get(name, Pruning())) for name in names)
+    if not latency:
+        latency = _by_throughput(student, target, backends, parts, probe.steps)
+    psnr = _psnr(student, made, options, progress) if probe.steps else None
+    return Made(made, prunings, parts, _frozen(found), latency, source, psnr, correlation)
+
+
+def _held(student: Student, known: Mapping[str, Found], prunings: Mapping[str, Pruning], progress: Progress) -> Student:
+    """What `prunings` leave, each op held against what was found of it."""
     progress.stage("hold what is left against what it was", len(prunings))
     for name, pruning in prunings.items():
         check(student.components[name], known[name], pruning)
         progress.advance()
-    made = pruned(student, prunings)
-    parts = tuple(_part(made, name, programs[name], found[name], prunings.get(name, Pruning())) for name in names)
-    if not latency:
-        latency = _by_throughput(student, target, backends, parts, probe.steps)
-    psnr = None
-    if probe.steps:
-        progress.stage("draw with what is left", 1)
-        loss = Trial.of(student, options.steps, options.samples, unseen=True).loss(made)
-        psnr = round(-10 * math.log10(max(loss, 1e-15)), 2)
+    return pruned(student, prunings)
+
+
+def _psnr(student: Student, made: Student, options: PruneOptions, progress: Progress) -> float:
+    """Of the pictures of `made` against those of `student`, dB."""
+    progress.stage("draw with what is left", 1)
+    loss = Trial.of(student, options.steps, options.samples, unseen=True).loss(made)
+    progress.advance()
+    return round(-10 * math.log10(max(loss, 1e-15)), 2)
+
+
+def _followed(
+    student: Student,
+    target: Target,
+    backends: Sequence[str],
+    options: PruneOptions,
+    recipe: Recipe,
+    cache: Cache,
+    progress: Progress,
+) -> Made:
+    """What `edgegen tune` chose."""
+    if recipe.target != target.name:
+        raise UsageError(
+            f"the recipe was made for target `{recipe.target}`, not for `{target.name}`",
+            hint=f"`--target {recipe.target}`, or `edgegen tune` for `{target.name}`",
+        )
+    follow(recipe, student)
+    names = tuple(recipe.prunings)
+    progress.stage("capture, find what may be cut", len(names))
+    programs, known = {}, {}
+    for name in names:
+        programs[name] = capture(student.components[name])
+        known[name] = find(programs[name])
         progress.advance()
-    return Made(made, prunings, parts, _frozen(found), latency, source, psnr, correlation)
+    made = _held(student, known, recipe.prunings, progress)
+    parts = tuple(_part(made, name, programs[name], known[name].spaces, recipe.prunings[name]) for name in names)
+    trial = Trial.of(student, options.steps, options.samples)
+    latency, source = estimated(student, made, trial.steps, target, backends, cache, progress)
+    return Made(made, recipe.prunings, parts, {}, latency, source, _psnr(student, made, options, progress))
 
 
 def _separated(
     student: Student, target: Target, backends: Sequence[str], options: PruneOptions, cache: Cache, progress: Progress
 ) -> Made:
     """Convolutions first, then what else is asked for, of what they leave; shares are of `student` as it came."""
-    if options.max_latency is not None:
-        raise UsageError(
-            "`--separable` and `--max-latency` are not weighed against each other",
-            hint="give `--max-macs` beside `--separable`, or prune what comes out once more: `--max-latency 0.6x`",
-        )
-    whole = {name: count(capture(student.components[name])) for name in components_of(student, options)}
-    trial = Trial.of(student, options.steps, options.samples)
-    records = separate(student, options.separable, trial, progress.stage, progress.advance)
-    lighter = pruned(student, records)
-    left = {name: count(capture(part)) for name, part in lighter.components.items() if name in whole}
-    rest = replace(options, separable={})
-    if options.max_macs:
-        shares = _shares(options, tuple(whole))
-        rest = replace(
-            rest,
-            max_macs={name: min(1.0, share * whole[name].macs / left[name].macs) for name, share in shares.items()},
-        )
-    if rest.max_macs or rest.ratio is not None:
-        made = prune(lighter, target, backends, rest, cache, progress)
-    else:
-        made = Made(lighter, {}, (), {}, {}, "", None)
-    progress.stage("draw with what is left", 1)
-    loss = Trial.of(student, options.steps, options.samples, unseen=True).loss(made.student)
-    progress.advance()
+    first = lighter(student, target, backends, options, cache, progress)
+    rest = replace(
+        options,
+        separable={},
+        max_macs=first.shares(shares_of(options, tuple(first.whole))),
+        slower={} if options.latency_ms else first.slower,
+    )
+    made = Made(first.student, {}, (), {}, first.latency, first.latency_source, None)
+    if rest.max_macs or rest.ratio is not None or rest.max_latency is not None:
+        made = prune(first.student, target, backends, rest, cache, progress)
+        latency = {name: (one * first.slower.get(name, 1.0), after) for name, (one, after) in made.latency.items()}
+        source = made.latency_source
+        if rest.uniform or rest.ratio is not None:
+            # A throughput knows MACs alone, and separable ones take longer.
+            steps = Trial.of(student, options.steps, options.samples).steps
+            latency, source = estimated(student, made.student, steps, target, backends, cache, progress)
+        made = replace(made, latency=latency, latency_source=source)
     known = {part.name: part for part in made.parts}
-    known |= {name: Part(name, whole[name], left[name], (0, 0)) for name in records if name not in known}
+    known |= {
+        name: Part(name, first.whole[name], first.left[name], (0, 0)) for name in first.records if name not in known
+    }
     configs = made.student.config.components
     parts = tuple(
-        replace(part, before=whole[name], separated=(configs[name].pruning or Pruning()).separated)
+        replace(part, before=first.whole[name], separated=(configs[name].pruning or Pruning()).separated)
         for name, part in known.items()
     )
-    return replace(made, parts=parts, latency={}, psnr=round(-10 * math.log10(max(loss, 1e-15)), 2))
-
-
-def components_of(student: Student, options: PruneOptions) -> tuple[str, ...]:
-    """What is pruned; UsageError for what is not there, is a finished graph, or has a budget and is not pruned."""
-    drawn = student.config.sampler is not None
-    names = options.components or (("denoiser", "decoder") if drawn else tuple(student.components))
-    for name in (*names, *options.separable, *(one for one in options.max_macs if one)):
-        if name not in student.components:
-            known = ", ".join(f"`{one}`" for one in student.components)
-            raise UsageError(f"student `{student.config.name}` has no component `{name}`", hint=f"it has {known}")
-        require_modules(name, student.config.components[name].architecture)
-    stray = [one for one in options.max_macs if one and one not in names]
-    if stray:
-        raise UsageError(f"`--max-macs` names `{stray[0]}`, which is not pruned", hint=f"`--component {stray[0]}`")
-    return names
-
-
-def _shares(options: PruneOptions, names: Sequence[str]) -> dict[str, float]:
-    """Component -> the share of its MACs that may be left."""
-    given = options.max_macs
-    return {name: given.get(name, given.get("", 1.0)) for name in names if name in given or "" in given}
+    return replace(made, parts=parts, psnr=_psnr(student, made.student, options, progress))
 
 
 def _searched(
@@ -272,17 +266,19 @@ def _searched(
         progress,
     )
     whole = assembled.whole.totals
-    caps = {f"macs {name}": share * whole[f"macs {name}"] for name, share in _shares(options, names).items()}
+    caps = {f"macs {name}": share * whole[f"macs {name}"] for name, share in shares_of(options, names).items()}
     factors, source = scaled(target, backends, options, cache, progress)
     if options.max_latency is not None:
         for name in backends:
             cost = f"latency {name}"
-            caps[cost] = options.max_latency * (1 / factors[name] if options.latency_ms else whole[cost])
+            of = whole[cost] * options.slower.get(name, 1.0)
+            caps[cost] = options.max_latency * (1 / factors[name] if options.latency_ms else of)
     progress.stage("search", 1)
     try:
         choice = search(replace(assembled.problem, caps=caps, minimise={"picture": 1.0}))
     except NoFitError as error:
-        raise refused(error, caps, whole) from error
+        asked_of = {f"latency {name}": whole[f"latency {name}"] * ratio for name, ratio in options.slower.items()}
+        raise refused(error, caps, {**whole, **asked_of}) from error
     progress.advance()
     latency = {
         name: (whole[f"latency {name}"] * factors[name], choice.totals[f"latency {name}"] * factors[name])

@@ -24,16 +24,18 @@ from edgegen.errors import EdgegenError, UsageError
 from edgegen.prune.apply import pruned
 from edgegen.prune.heal import (
     HEALED,
-    SEED,
     Healing,
     HealOptions,
     Progress,
     between,
+    cut_of,
     healing_fingerprint,
+    require_cut,
     require_drawing,
     save_weights,
     with_modules,
 )
+from edgegen.prune.lessons import Pair
 from edgegen.prune.training import Lessons
 from edgegen.students.pruning import Pruning
 from edgegen.students.reduce import positions_in, reduce
@@ -81,24 +83,33 @@ class Slice(nn.Module):
         return functional_call(self._held[1], weights, inputs)
 
 
-def heal_levels(teacher: Student, levels: Levels, options: HealOptions, cache: Cache, progress: Progress) -> Student:
-    """`teacher` with weights of which every level can be sliced, and `levels` in its config.
+def heal_levels(teacher: Student, student: Student, options: HealOptions, cache: Cache, progress: Progress) -> Student:
+    """`student`, which holds levels (`with_levels`), with weights of which every one of them can be sliced; `teacher`
+    is what all were cut out of.
 
-    Kept in `cache`, where a run that was killed goes on. EdgegenError for levels that are not nested or students that
+    Kept in `cache`, where a run that was killed goes on. EdgegenError for students of which nothing was cut, or that
     draw nothing.
     """
     require_drawing(teacher)
-    check_nested(levels)
-    names = [name for name in HEALED if any(name in cuts for cuts in levels.values())]
-    config = teacher.config.model_copy(update={"levels": {name: dict(cuts) for name, cuts in levels.items()}})
-    healing = Healing(teacher, teacher, options, cache, progress)
+    levels = student.config.levels
+    cuts = {
+        name: {
+            level: between(
+                teacher.config.components[name].pruning, cut_of(student, name).then(parts.get(name, Pruning()))
+            )
+            for level, parts in levels.items()
+        }
+        for name in HEALED
+        if name in teacher.components
+    }
+    names = [name for name, each in cuts.items() if any(cut != Pruning() for cut in each.values())]
+    require_cut(names)
+    healing = Healing(teacher, student, options, cache, progress)
     key = cache.key(
         "heal-levels",
         sources=healing_fingerprint(),
         teacher=teacher.fingerprint,
-        levels=[
-            [name, {part: cut.model_dump(mode="json") for part, cut in cuts.items()}] for name, cuts in levels.items()
-        ],
+        student=student.fingerprint,
         options=options.plain(),
         arithmetic=healing.arithmetic.plain(),
         torch=torch.__version__,
@@ -106,27 +117,37 @@ def heal_levels(teacher: Student, levels: Levels, options: HealOptions, cache: C
 
     def build(folder: Path) -> None:
         state = cache.unfinished(key)
+        pairs: dict[str, dict[str, Pair]] = {level: {} for level in levels}
         for name in names:
+            module = copy.deepcopy(student.components[name].module).train().requires_grad_(True)
+            healing.modules[name] = healing.arithmetic.placed(module)
+            sizes = {level: _sized(module, parts.get(name, Pruning())) for level, parts in levels.items()}
+            sandwich = Sandwich([healing.lesson(name, *sizes[one], cuts[name][one]) for one in levels], healing.seed)
             progress.stage(f"heal all sizes of the {name}", options.steps)
-            module = healing.arithmetic.placed(copy.deepcopy(teacher.components[name].module).train())
-            module.requires_grad_(True)
-            lessons = []
-            for cuts in levels.values():
-                cut = cuts.get(name, Pruning())
-                part = Slice(module, cut) if cut != Pruning() else module
-                lessons.append(healing.lesson(name, part, part.shape if isinstance(part, Slice) else part, cut))
-            sandwich = Sandwich(lessons, SEED)
             course = healing.training(module, sandwich, options.steps, state / f"{name}.safetensors").run()
-            progress.note(f"{name}: {course.step} steps, {course.seconds:.0f} s, loss {course.loss:.4f}")
-            save_weights(module, folder / f"{name}.safetensors")
+            healing.taken(name, "all sizes", course)
+            for level, size in sizes.items():
+                pairs[level][name] = healing.pair(name, *size, cuts[name][level])
+        if len(names) > 1:
+            both = nn.ModuleDict(healing.modules)
+            healing.together(both, Sandwich([healing.walks(one) for one in pairs.values()], healing.seed), state)
+        for name in names:
+            save_weights(healing.modules[name], folder / f"{name}.safetensors")
 
     entry = cache.directory(key, build)
     modules = {}
     for name in names:
-        modules[name] = copy.deepcopy(teacher.components[name].module)
+        modules[name] = copy.deepcopy(student.components[name].module)
         modules[name].load_state_dict(load_file(entry / f"{name}.safetensors"))
-    made = with_modules(teacher, modules)
-    return Student(config, made.components, made.tokenizer_json)
+    return with_modules(student, modules)
+
+
+def _sized(module: nn.Module, cut: Pruning) -> tuple[nn.Module, nn.Module]:
+    """What computes a level of `module`, and a network of that form."""
+    if cut == Pruning():
+        return module, module
+    part = Slice(module, cut)
+    return part, part.shape
 
 
 @dataclass

@@ -46,6 +46,8 @@ from edgegen.students.student import Component, Student
 
 HEALED = ("denoiser", "decoder")
 SEED = 500_000
+SEEDS_APART = 10_000_000
+"""Between two runs that are to learn from other noise and other prompts."""
 DEPTH_SHARE = 0.3
 """Of a network's work, for learning to do without blocks before channels go: steps at full width cost more."""
 BACK_AND_FORTH = 3
@@ -71,7 +73,7 @@ class Progress(Protocol):
 class HealOptions:
     """`steps` of each network. Healing of a network ends early when its pictures are good enough: `max_drop` is the
     share of prompts (`shapes` alone) by which it may fall behind the teacher, `min_psnr` in dB; None asks nothing, and
-    where both are None all steps are taken."""
+    where both are None all steps are taken. `seed`: which noise and prompts are learned from, and in what order."""
 
     steps: int
     batch: int = 32
@@ -81,6 +83,7 @@ class HealOptions:
     max_drop: float | None = None
     min_psnr: float | None = None
     judge_every: int = 250
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1:
@@ -143,11 +146,16 @@ def heal(teacher: Student, pruned: Student, options: HealOptions, cache: Cache, 
     draw nothing.
     """
     require_drawing(teacher)
-    names = [name for name in HEALED if name in teacher.components and _cut(teacher, name) != _cut(pruned, name)]
-    if not names:
-        raise EdgegenError("nothing was cut out of the denoiser or the decoder: there is nothing to heal")
+    names = [name for name in HEALED if name in teacher.components and cut_of(teacher, name) != cut_of(pruned, name)]
+    require_cut(names)
     healing = Healing(teacher, pruned, options, cache, progress)
     return healing.run(names)
+
+
+def require_cut(names: Sequence[str]) -> None:
+    """EdgegenError where no component is left to heal."""
+    if not names:
+        raise EdgegenError("nothing was cut out of the denoiser or the decoder: there is nothing to heal")
 
 
 def require_drawing(student: Student) -> None:
@@ -168,7 +176,8 @@ def healing_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def _cut(student: Student, name: str) -> Pruning:
+def cut_of(student: Student, name: str) -> Pruning:
+    """The record of component `name`."""
     return student.config.components[name].pruning or Pruning()
 
 
@@ -199,7 +208,9 @@ class Healing:
             for name in names:
                 self.alone(name, state)
             if len(names) > 1:
-                self._together(names, state)
+                both = nn.ModuleDict({name: self.modules[name].train() for name in names})
+                pairs = {name: self.pair(name, both[name], both[name], self._since(name)) for name in names}
+                self.together(both, self.walks(pairs), state, judged=True)
             for name in names:
                 save_weights(self.modules[name], folder / f"{name}.safetensors")
             said = [(one.component, one.phase, one.course.model_dump(mode="json")) for one in self.lessons]
@@ -242,7 +253,7 @@ class Healing:
         return with_modules(self.teacher, moved)
 
     def alone(self, name: str, state: Path) -> None:
-        cut = between(self.teacher.config.components[name].pruning, _cut(self.pruned, name))
+        cut = self._since(name)
         module = copy.deepcopy(self.pruned.components[name].module)
         steps = self.options.steps
         if cut.removed and (cut.cuts or cut.separated):
@@ -256,6 +267,10 @@ class Healing:
         self.modules[name] = self._course(
             name, "width" if cut.cuts or cut.separated else "depth", module, cut, steps, state
         )
+
+    def _since(self, name: str) -> Pruning:
+        """What was cut out of the teacher's network."""
+        return between(self.teacher.config.components[name].pruning, cut_of(self.pruned, name))
 
     def _cost(self, name: str, module: nn.Module) -> float:
         """Of a step of the pruned network in terms of one of `module`, which has its full width."""
@@ -300,8 +315,18 @@ class Healing:
         """What the network of component `name` learns from."""
         pair, options = self.pair(name, module, shape, cut), self.options
         if name == "denoiser":
-            return Walks(self._teacher, pair, self.prompts.learning, options.batch, SEED, options.features)
-        return Decoded(pair, self._latents, max(1, options.batch // 2), SEED, options.features)
+            return Walks(self._teacher, pair, self.prompts.learning, options.batch, self.seed, options.features)
+        return Decoded(pair, self._latents, max(1, options.batch // 2), self.seed, options.features)
+
+    def walks(self, pairs: Mapping[str, Pair]) -> Walks:
+        """What the denoiser and the decoder learn from together."""
+        options, prompts = self.options, self.prompts.learning
+        seed = self.seed + SEED
+        return Walks(self._teacher, pairs["denoiser"], prompts, options.batch, seed, options.features, pairs["decoder"])
+
+    @property
+    def seed(self) -> int:
+        return SEED + SEEDS_APART * self.options.seed
 
     @cached_property
     def _latents(self) -> Tensor:
@@ -310,26 +335,21 @@ class Healing:
         each = count(capture(part)).macs * max(self.teacher.config.sampler.times)
         number = int(min(POOL, max(8, POOL_MACS / max(1, each))))
         return drawn_latents(
-            self._teacher, self.prompts.learning, number, SEED - 1, self.arithmetic, self.options.batch
+            self._teacher, self.prompts.learning, number, self.seed - 1, self.arithmetic, self.options.batch
         )
 
-    def _together(self, names: Sequence[str], state: Path) -> None:
+    def together(self, both: nn.ModuleDict, lessons: Lessons, state: Path, judged: bool = False) -> None:
+        """A last course of both networks, of few steps and at a low rate."""
         steps = max(1, round(JOINT_SHARE * self.options.steps))
         self.progress.stage("heal both together", steps)
-        both = nn.ModuleDict({name: self.modules[name].train() for name in names})
-        cuts = {name: between(self.teacher.config.components[name].pruning, _cut(self.pruned, name)) for name in names}
-        pairs = {name: self.pair(name, both[name], both[name], cuts[name]) for name in names}
-        options, prompts = self.options, self.prompts.learning
-        lessons = Walks(
-            self._teacher, pairs["denoiser"], prompts, options.batch, 2 * SEED, options.features, pairs["decoder"]
-        )
         training = self.training(both, lessons, steps, state / "both.safetensors")
         training.rate *= JOINT_RATE
-        training.judge = lambda: self.judged({name: both[name] for name in names})
+        if judged:
+            training.judge = lambda: self.judged(both)
         self.taken("both", "together", training.run())
         both.eval()
 
-    def judged(self, modules: Mapping[str, nn.Module]) -> Judged:
+    def judged(self, modules: Mapping[str, nn.Module] | nn.ModuleDict) -> Judged:
         """The student with `modules` in place of the teacher's."""
         copies = {name: copy.deepcopy(one).cpu().eval() for name, one in modules.items()}
         return self.judge(with_modules(self.teacher, copies))

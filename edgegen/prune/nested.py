@@ -8,7 +8,7 @@ among those that are left, and blocks that are gone stay gone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +20,7 @@ from edgegen.precision.options import Progress
 from edgegen.prune.apply import pruned
 from edgegen.prune.assemble import Assembled, Options, assemble
 from edgegen.prune.check import check
-from edgegen.prune.command import PruneOptions, components_of, scaled
+from edgegen.prune.command import scaled
 from edgegen.prune.elastic import at_level, heal_levels, require_one_size, with_levels
 from edgegen.prune.find import Found, find
 from edgegen.prune.find import spaces as find_spaces
@@ -28,6 +28,8 @@ from edgegen.prune.heal import HealOptions
 from edgegen.prune.heal import Progress as HealProgress
 from edgegen.prune.importance import Probe, importance
 from edgegen.prune.judging import Judge, prompts_to_heal
+from edgegen.prune.lighter import lighter
+from edgegen.prune.options import PruneOptions, components_of
 from edgegen.prune.refusal import refused
 from edgegen.prune.search import Choice, NoFitError, Problem, search
 from edgegen.prune.space import Spaces
@@ -71,8 +73,6 @@ class Nested:
     whole_alignment: float | None
     cut: tuple[str, ...]
     healed_steps: int | None = None
-    prunings: Mapping[str, dict[str, Pruning]] = field(default_factory=dict)
-    """Level -> component -> what is cut out of the whole."""
 
     def summary(self) -> dict[str, Any]:
         """As plain data."""
@@ -120,12 +120,17 @@ def nested_levels(
             f"student `{student.config.name}` draws no pictures that levels could be weighed against",
             hint="`--ratio 0.4` makes one smaller size",
         )
+    base, slower = student, dict.fromkeys(backends, 1.0)
+    if options.separable:
+        first = lighter(student, target, backends, options, cache, progress)
+        base, slower = first.student, {**slower, **first.slower}
+        wanted = tuple(replace(one, shares=first.shares(one.shares)) for one in wanted)
     progress.stage("capture, find what may be cut", len(names))
     known: dict[str, Found] = {}
     for name in names:
-        known[name] = find(capture(student.components[name]))
+        known[name] = find(capture(base.components[name]))
         progress.advance()
-    probe = Probe.of(student, options.samples, options.steps)
+    probe = Probe.of(base, options.samples, options.steps)
 
     def ranks(part: Component, spaces: Spaces) -> dict[str, Sequence[float]]:
         progress.stage(f"importance of units of {part.name}", probe.count)
@@ -133,7 +138,7 @@ def nested_levels(
         return {name: units.tolist() for name, units in found.units.items()}
 
     assembled = assemble(
-        student,
+        base,
         target,
         backends,
         Options(names, depth=options.depth, steps=options.steps, jobs=options.jobs),
@@ -148,10 +153,9 @@ def nested_levels(
     progress.stage("hold what is left against what it was", len(prunings))
     for cuts in prunings.values():
         for name, pruning in cuts.items():
-            check(student.components[name], known[name], pruning)
+            check(base.components[name], known[name], pruning)
         progress.advance()
     factors, source = scaled(target, backends, options, cache, progress)
-    whole = assembled.whole.totals
 
     def latency(totals: Mapping[str, float]) -> dict[str, float]:
         return {name: totals[f"latency {name}"] * factors[name] for name in backends if f"latency {name}" in totals}
@@ -160,28 +164,26 @@ def nested_levels(
     progress.stage("draw with every level", len(prunings))
     levels = []
     for name, cuts in prunings.items():
-        small = pruned(student, cuts)
+        small = pruned(base, cuts)
         counts = {part: count(capture(one)) for part, one in small.components.items()}
         removed = {part: tuple(cut.removed) for part, cut in cuts.items()}
         levels.append(Level(name, counts, removed, latency(choices[name].totals), judge(small)))
         progress.advance()
     return Nested(
-        with_levels(student, prunings),
+        with_levels(base, prunings),
         tuple(levels),
         {part: count(capture(one)) for part, one in student.components.items()},
-        latency(whole),
+        {name: one * slower[name] for name, one in latency(assembled.whole.totals).items()},
         source,
         judge.of_teacher,
         names,
-        prunings=prunings,
     )
 
 
 def heal_nested(student: Student, made: Nested, options: HealOptions, cache: Cache, progress: HealProgress) -> Nested:
     """`made` of `student` with all levels trained together, each judged again; kept in `cache`, where a run that was
     killed goes on."""
-    trained = heal_levels(student, made.prunings, options, cache, progress)
-    stored = with_levels(trained, made.prunings)
+    stored = heal_levels(student, made.student, options, cache, progress)
     judge = Judge(student, prompts_to_heal(student))
     progress.stage("draw with every healed level", len(made.levels))
     levels = []

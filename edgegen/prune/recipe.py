@@ -67,4 +67,10 @@ def follow(recipe: Recipe, student: Student) -> Student:
             f"{student.fingerprint[:12]}",
             hint="recipes are of one checkpoint: `edgegen tune` makes some for this model",
         )
+    stray = [name for name in recipe.prunings if name not in student.components]
+    if stray:
+        raise UsageError(
+            f"the recipe cuts component `{stray[0]}`, which `{recipe.student}` does not have",
+            hint="`edgegen tune` writes recipes",
+        )
     return pruned(student, recipe.prunings)

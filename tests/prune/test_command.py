@@ -12,9 +12,10 @@ from edgegen.errors import UsageError
 from edgegen.graph.capture import capture
 from edgegen.graph.count import count
 from edgegen.prune.apply import pruned
-from edgegen.prune.command import PruneOptions, prune
+from edgegen.prune.command import prune
 from edgegen.prune.find import spaces
 from edgegen.prune.importance import Probe, confirmed, importance, magnitude, zeroed
+from edgegen.prune.options import PruneOptions
 from edgegen.prune.ratio import by_ratio
 from edgegen.prune.space import to_pruning
 from edgegen.students.checkpoint import save_pt

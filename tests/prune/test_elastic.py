@@ -12,7 +12,7 @@ from edgegen.cache import Cache
 from edgegen.cli.student import level_command
 from edgegen.errors import EdgegenError, UsageError
 from edgegen.prune.apply import pruned
-from edgegen.prune.elastic import Slice, at_level, check_nested, heal_levels, nested
+from edgegen.prune.elastic import Slice, at_level, check_nested, heal_levels, nested, with_levels
 from edgegen.prune.heal import HealOptions
 from edgegen.students.checkpoint import save_pt
 from edgegen.students.load import load
@@ -64,7 +64,8 @@ def test_nesting():
 
 
 def test_levels_are_trained_saved_and_taken_out(tiny, tmp_path):
-    made = heal_levels(tiny, LEVELS, HealOptions(steps=100, batch=8, rate=1e-2), Cache(tmp_path / "cache"), Silent())
+    options = HealOptions(steps=100, batch=8, rate=1e-2)
+    made = heal_levels(tiny, with_levels(tiny, LEVELS), options, Cache(tmp_path / "cache"), Silent())
     path = Path(tmp_path / "elastic.pt")
     save_pt(made, path)
     read = load(path)

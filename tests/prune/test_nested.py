@@ -118,6 +118,21 @@ def test_healing_trains_all_levels_and_says_what_it_made(folder, unhealed, capsy
     assert healed.components["text_encoder"].fingerprint == unhealed.components["text_encoder"].fingerprint
 
 
+def test_levels_of_separable_convolutions_learn_from_the_dense_student(folder, tiny, capsys):
+    path = folder / "separable.pt"
+    levels = ("--levels", "70%,50%", "--separable", "denoiser=90%,decoder=80%", "--heal", "3", "--heal-batch", "2")
+    code, out = said(capsys, folder / "model.pt", *FEW, *levels, "-o", path)
+    assert code == 0, out.err
+    made, data = load(path), json.loads(out.out)["levels"]
+    small = at_level(made, "50")
+    for name in ("denoiser", "decoder"):
+        assert small.config.components[name].pruning.separated
+        whole, left = data["50"]["components"][name]["macs"]
+        assert whole == count(capture(tiny.components[name])).macs, "shares are of the dense student"
+        assert left == count(capture(small.components[name])).macs <= 0.5 * whole
+    assert data["50"]["after"]["psnr_db"] != data["50"]["before"]["psnr_db"]
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
@@ -134,7 +149,7 @@ def test_healing_trains_all_levels_and_says_what_it_made(folder, unhealed, capsy
         (("--levels", "75%,1%"), 3, "level `1`: no legal network keeps to this budget"),
         (("--levels", "75%", "--ratio", "0.4"), 2, "and so do"),
         (("--levels", "75%", "--max-macs", "60%"), 2, "and so do"),
-        (("--levels", "75%", "--separable", "60%"), 2, "are all of the same convolutions"),
+        (("--levels", "75%", "--recipe", "x.json"), 2, "so does another option"),
         (("--levels", "75%", "--max-latency", "0.6x"), 2, "and so do"),
         (("--levels", "75%", "--heal", "3", "--min-psnr", "20"), 2, "end the healing of one size"),
     ],
@@ -180,7 +195,7 @@ SCRIPT = """
 import sys, torch
 from pathlib import Path
 from edgegen.cache import Cache
-from edgegen.prune.elastic import heal_levels
+from edgegen.prune.elastic import heal_levels, with_levels
 from edgegen.prune.heal import HealOptions
 from edgegen.students.load import load
 from tests.prune.test_elastic import LEVELS
@@ -191,7 +206,8 @@ class Shown:
     def note(self, text): pass
     def status(self, text): pass
 options = HealOptions(steps=30, batch=4, judge_every=5)
-made = heal_levels(load(Path(sys.argv[1])), LEVELS, options, Cache(Path(sys.argv[2])), Shown())
+teacher = load(Path(sys.argv[1]))
+made = heal_levels(teacher, with_levels(teacher, LEVELS), options, Cache(Path(sys.argv[2])), Shown())
 print("made", made.fingerprint, flush=True)
 """
 

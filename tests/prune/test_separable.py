@@ -1,17 +1,21 @@
 """Dense convolutions made separable: what is chosen, what is kept, and that nothing is lost where nothing need be."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from edgegen.cache import Cache
 from edgegen.errors import EdgegenError, GateError, UsageError
 from edgegen.graph.capture import capture
 from edgegen.graph.count import count
 from edgegen.prune.apply import pruned
+from edgegen.prune.command import prune
 from edgegen.prune.heal import between
+from edgegen.prune.options import PruneOptions
 from edgegen.prune.separable import Separation, choose, separations
 from edgegen.prune.trial import Trial
 from edgegen.students.checkpoint import save_pt
@@ -20,6 +24,8 @@ from edgegen.students.networks.separable_conv import separable, separated
 from edgegen.students.pruning import Pruning
 from edgegen.students.reduce import reduce
 from edgegen.students.shapes import family
+from edgegen.targets import load_target
+from tests.prune.silent import Silent
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +131,23 @@ def test_saved_loaded_cut_and_loaded_again(shapes, tmp_path):
     again = load(tmp_path / "last.pt")
     assert torch.equal(trial.drawn(again), trial.drawn(last))
     assert between(made.config.components["decoder"].pruning, record).separated == {paths[1]: 2}
+
+
+def test_latency_beside_separable_convolutions_is_a_share_of_the_dense_student(tiny, tmp_path):
+    target, options = (
+        load_target("linux-x86"),
+        PruneOptions(separable={"decoder": 0.8}, samples=2, steps=1, measure=False),
+    )
+    wide = prune(tiny, target, ("onnx",), options, Cache(tmp_path), Silent())
+    narrow = prune(tiny, target, ("onnx",), replace(options, max_latency=0.7), Cache(tmp_path), Silent())
+    assert wide.prunings == {} and wide.latency["onnx"][1] != wide.latency["onnx"][0]
+    before, after = narrow.latency["onnx"]
+    assert before == pytest.approx(wide.latency["onnx"][0], rel=0.05), "what it had when it was dense"
+    assert after <= 0.7 * before * (1 + 1e-6)
+    parts = {part.name: part for part in narrow.parts}
+    assert (
+        parts["decoder"].separated and parts["decoder"].before.macs == count(capture(tiny.components["decoder"])).macs
+    )
 
 
 def test_records_that_do_not_fit(shapes):

@@ -101,9 +101,50 @@ def test_workers_that_joblib_does_not_have_are_refused(arguments, workers, capsy
     assert "leave `--parallel` out" in err
 
 
+def test_a_recipe_is_followed_and_healed(tuned, capsys):
+    folder, model = tuned
+    path = next((folder / "out").glob("tiny-*.json"))
+    left = load(path.with_suffix(".pt"))
+    call = [
+        "prune",
+        str(model),
+        "--target",
+        "linux-x86",
+        "--backend",
+        "tflite",
+        "--recipe",
+        str(path),
+        "--samples",
+        "2",
+    ]
+    code = main([*call, "-o", str(folder / "cut.pt"), "--json"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert json.loads(captured.out)["sha256"] == left.fingerprint == load(folder / "cut.pt").fingerprint
+    before, after = json.loads(captured.out)["latency_ms_estimated"]["tflite"]
+    assert after < before
+    assert main([*call, "-o", str(folder / "healed.pt"), "--heal", "3", "--heal-batch", "2", "-q"]) == 0
+    capsys.readouterr()
+    healed = load(folder / "healed.pt")
+    assert healed.config == left.config
+    assert healed.components["denoiser"].fingerprint != left.components["denoiser"].fingerprint
+    for more, why in (
+        (["--max-macs", "60%"], "so does another option"),
+        (["--component", "decoder"], "so does another option"),
+        (["--target", "rpi5"], "made for target `linux-x86`, not for `rpi5`"),
+    ):
+        assert main([*call, *more, "-o", str(folder / "no.pt")]) == 2
+        assert why in capsys.readouterr().err
+    stray = json.loads(path.read_text())
+    stray["prunings"]["nose"] = stray["prunings"].popitem()[1]
+    path.with_name("stray.json").write_text(json.dumps(stray))
+    assert main([*call, "--recipe", str(path.with_name("stray.json"))]) == 2
+    assert "cuts component `nose`, which `tiny` does not have" in capsys.readouterr().err
+
+
 def test_a_recipe_of_another_student_is_refused(tuned, shapes):
     folder, _ = tuned
-    recipe = read_recipe(next((folder / "out").glob("*.json")))
+    recipe = read_recipe(next((folder / "out").glob("tiny-*.json")))
     with pytest.raises(UsageError, match="made for `tiny`"):
         follow(recipe, shapes)
     (folder / "broken.json").write_text('{"student": 3}')
