@@ -91,6 +91,8 @@ class Inspection(_Model):
     components: dict[str, ComponentFacts]
     notes: tuple[str, ...] = ()
     """What a reader must know of the checkpoint itself."""
+    levels: tuple[str, ...] = ()
+    """Sizes that the checkpoint holds; what is counted is the first, the largest."""
     conditions: dict[str, float] = {}
     """Scalars of the denoiser, with their defaults."""
     default_steps: int | None = None
@@ -164,6 +166,7 @@ def inspect_student(student: Student, target: Target | None = None) -> Inspectio
             for name, part in student.components.items()
         },
         notes=student.config.notes,
+        levels=tuple(student.config.levels),
         conditions=student.config.conditions,
         default_steps=sampler.default_steps if sampler is not None else None,
         sampler={steps: sampler.table(steps) for steps in sorted(sampler.times)} if sampler is not None else {},

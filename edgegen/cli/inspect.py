@@ -47,6 +47,9 @@ def _text(found: Inspection) -> list[str]:
     if found.built_for is not None:
         lines.append(f"built for {found.built_for}")
     lines += [f"note: {note}" for note in found.notes]
+    if found.levels:
+        lines.append(f"holds {len(found.levels)} sizes: {', '.join(found.levels)}; this is `{found.levels[0]}`")
+        lines.append(f"  another: `edgegen student level MODEL {found.levels[-1]} -o one.pt`, then inspect that")
     lines += [f"not to be had: {line}" for line in found.unavailable]
     lines.append("")
     for name, part in found.components.items():

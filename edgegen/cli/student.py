@@ -175,15 +175,21 @@ def level_command(source: Path, name: str | None, destination: Path, output: Out
 @click.argument("subject", type=click.Path(path_type=Path), required=False)
 @click.option("--steps", type=click.IntRange(min=1), help="Default: the student's own.")
 @click.option("--backend", help="For a bundle: which of its backends draws.")
+@click.option("--level", metavar="NAME", help="Of a checkpoint that holds several sizes: which one draws.")
 @click.option("--limit", type=click.IntRange(min=2), help="An even share of the held-back prompts instead of all.")
 @reporting
 def eval_command(
-    subject: Path | None, steps: int | None, backend: str | None, limit: int | None, output: Output
+    subject: Path | None,
+    steps: int | None,
+    backend: str | None,
+    level: str | None,
+    limit: int | None,
+    output: Output,
 ) -> None:
     """Alignment of SUBJECT, a checkpoint or a bundle, over the held-back prompts (default: the student that ships)."""
     from edgegen.students.shapes.evaluate import evaluate, subject_for
 
-    drawer = subject_for(subject, steps, backend)
+    drawer = subject_for(subject, steps, backend, level)
     with output.progress() as progress:
         progress.stage(f"draw with {drawer.name}, {drawer.steps} {'step' if drawer.steps == 1 else 'steps'}", 0)
         report = evaluate(drawer.draw, drawer.steps, limit)

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache as memoize
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from edgegen.students.pruning import Pruning, Way
 from edgegen.students.student import Component, Student
 from edgegen.targets import Target
 
+TOGETHER = 16
+"""Measurements that are kept at once: what a kill loses."""
 PRUNED = ("denoiser", "decoder")
 """Components that are cut unless something else is asked for: what a picture costs is there."""
 Scores = Callable[[Component, Spaces], Mapping[str, Sequence[float]]]
@@ -227,21 +230,22 @@ def _level_losses(
         for space, levels in found.items()
         for index in range(1, len(levels))
     ]
-    progress.stage("measure the levels of every space", 1)
+    cuts = [to_pruning(spaces[name], {space: kept[name][space][index]}) for name, space, index in wanted]
+    progress.stage("measure the levels of every space", len(wanted))
 
-    def measure() -> list[float]:
+    def measure(part: slice) -> list[float]:
         _ = trial.pictures, trial.conditioning  # once, before they go to other processes
-        made: list[float] = Parallel(n_jobs=options.jobs)(
-            delayed(level_loss)(trial, name, to_pruning(spaces[name], {space: kept[name][space][index]}))
-            for name, space, index in wanted
-        )
+        jobs = [delayed(level_loss)(trial, where[0], cut) for where, cut in zip(wanted[part], cuts[part], strict=True)]
+        made: list[float] = Parallel(n_jobs=options.jobs)(jobs)
         return made
 
-    selections = {
-        name: {space: [list(one) for one in levels] for space, levels in found.items()} for name, found in kept.items()
-    }
-    values = remembered(cache, "prune-levels", {**_settings(trial), "selections": selections}, measure)
-    progress.advance()
+    values: list[float] = []
+    for start in range(0, len(wanted), TOGETHER):
+        part = slice(start, start + TOGETHER)
+        named = [[name, cut.model_dump(mode="json")] for (name, *_), cut in zip(wanted[part], cuts[part], strict=True)]
+        values += remembered(cache, "prune-levels", {**_settings(trial), "cuts": named}, partial(measure, part))
+        for _ in named:
+            progress.advance()
     losses = {name: {space: [0.0] * len(levels) for space, levels in found.items()} for name, found in kept.items()}
     for (name, space, index), value in zip(wanted, values, strict=True):
         losses[name][space][index] = max(value, losses[name][space][index - 1])
@@ -262,23 +266,32 @@ def _removals(
     """First-order estimates of blocks, what each does alone, and all removals with what they do, runs too."""
     if not found:
         return {}, {}, {}
-    progress.stage("measure the blocks that may be passed by", 1)
-
-    def measure() -> list[Any]:
-        known = effects(trial, found)
-        whole = [(block,) for block in found] + runs(found, known)
-        return [
-            [[name, vars(one)] for name, one in known.items()],
-            [[[block.name for block in one], measured(trial, one)] for one in whole],
-        ]
-
     named = {block.name: block for block in found}
     settings = {**_settings(trial), "blocks": sorted(named)}
-    estimates, rows = remembered(cache, "prune-blocks", settings, measure)
+    progress.stage("what blocks do, to first order", 1)
+    said = remembered(
+        cache, "prune-effects", settings, lambda: [[name, vars(one)] for name, one in effects(trial, found).items()]
+    )
+    known = {name: Effect(**one) for name, one in said}
     progress.advance()
+    whole = [(block,) for block in found] + runs(found, known)
+    progress.stage("measure the blocks that may be passed by", len(whole))
+    rows: list[tuple[tuple[str, ...], float]] = []
+    for start in range(0, len(whole), TOGETHER):
+        part = whole[start : start + TOGETHER]
+        names = [tuple(block.name for block in one) for one in part]
+        losses = remembered(cache, "prune-blocks", {**settings, "removed": names}, partial(_passed_by, trial, part))
+        rows += zip(names, losses, strict=True)
+        for _ in part:
+            progress.advance()
     removals = {tuple(named[name] for name in names): loss for names, loss in rows}
     alone = {run[0].name: loss for run, loss in removals.items() if len(run) == 1}
-    return {name: Effect(**one) for name, one in estimates}, alone, removals
+    return known, alone, removals
+
+
+def _passed_by(trial: Trial, removals: Sequence[Sequence[Block]]) -> list[float]:
+    """What each of them does to the picture."""
+    return [measured(trial, one) for one in removals]
 
 
 def _problem(

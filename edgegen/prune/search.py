@@ -10,7 +10,7 @@ measured afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -119,12 +119,15 @@ def search(problem: Problem) -> Choice:
     raise NoFitError(best, _nearest(problem))
 
 
-def walk(problem: Problem, along: str, points: int) -> list[Choice]:
+def walk(problem: Problem, along: str, points: int, advance: Callable[[], None] = lambda: None) -> list[Choice]:
     """The best choices for `points` caps on `along`, evenly between its least and that of the best choice without a
-    cap on it; each once, the cheapest first. Other caps hold; NoFitError where they cannot."""
+    cap on it; each once, the cheapest first. Other caps hold; NoFitError where they cannot. `advance` is called after
+    each of `points` + 2 searches."""
     least = search(replace(problem, minimise={along: 1.0})).totals[along]
+    advance()
     free = {name: cap for name, cap in problem.caps.items() if name != along}
     most = search(replace(problem, caps=free)).totals[along]
+    advance()
     highest = max(least, min(most, problem.caps.get(along, most)))
     found: list[Choice] = []
     for cap in np.linspace(least, highest, points):
@@ -132,6 +135,7 @@ def walk(problem: Problem, along: str, points: int) -> list[Choice]:
         chosen = _solve(replace(problem, caps={**free, along: float(cap) * (1 + 1e-6)}))
         if chosen is not None and chosen.totals not in [one.totals for one in found]:
             found.append(chosen)
+        advance()
     return found
 
 

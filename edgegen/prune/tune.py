@@ -141,12 +141,11 @@ def tune(
     whole = made.whole.totals
     along = f"latency {backends[0]}"
     problem = replace(made.problem, caps=_caps(options, whole, backends, speeds), minimise={"picture": 1.0})
-    progress.stage("walk the front", 1)
+    progress.stage("walk the front", options.points + 2)
     try:
-        choices = walk(problem, along, options.points)
+        choices = walk(problem, along, options.points, progress.advance)
     except NoFitError as error:
         raise refused(error, problem.caps, whole) from error
-    progress.advance()
     front = _measured(made, choices, whole, options, progress)
     kept = sorted(_undominated(front, along), key=lambda one: one.costs[along])
     good = [one for one in kept if one.psnr >= options.min_psnr][: options.best]

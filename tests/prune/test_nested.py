@@ -169,6 +169,16 @@ def test_what_has_levels_is_not_pruned_again(folder, unhealed, capsys):
         assert "`edgegen student level MODEL 75 -o one.pt`" in out.err
 
 
+def test_a_level_is_evaluated_and_inspected_by_its_name(folder, unhealed, capsys):
+    path = str(folder / "unhealed.pt")
+    assert main(["student", "eval", path, "--limit", "2"]) == 2
+    assert "several sizes, and nothing says which" in capsys.readouterr().err
+    assert main(["student", "eval", path, "--limit", "2", "--level", "75", "-q", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompts"] == 2
+    assert main(["inspect", path]) == 0
+    assert "holds 2 sizes: 75, denoiser60-decoder40; this is `75`" in capsys.readouterr().out
+
+
 def test_a_finished_graph_has_no_levels(tmp_path, capsys):
     class Small(torch.nn.Module):
         def forward(self, x):

@@ -31,20 +31,25 @@ class Subject:
     draw: Draw
 
 
-def subject_for(path: Path | None, steps: int | None, backend: str | None) -> Subject:
-    """The checkpoint or bundle at `path` (None: the student that ships), at `steps` (None: its default).
+def subject_for(path: Path | None, steps: int | None, backend: str | None, level: str | None = None) -> Subject:
+    """The checkpoint or bundle at `path` (None: the student that ships), at `steps` (None: its default); `level` of a
+    checkpoint that holds several sizes.
 
-    UsageError for a `backend` without a bundle and for steps that it was not distilled for.
+    UsageError for a `backend` without a bundle, for steps that it was not distilled for, and for several sizes of which
+    none is named.
     """
     if path is not None and (path / MANIFEST).is_file():
+        if level is not None:
+            raise UsageError("a bundle holds one size", hint="leave `--level` out")
         return _bundle(path, steps, backend)
     if backend is not None:
         raise UsageError("`--backend` is for bundles; a checkpoint is drawn with torch", hint="leave `--backend` out")
+    from edgegen.prune.elastic import chosen_level
     from edgegen.students.load import load
     from edgegen.students.sample import draw_many, sampler_table
     from edgegen.students.shapes.family import WEIGHTS
 
-    student = load(path or WEIGHTS)
+    student = chosen_level(load(path or WEIGHTS), level)
     if student.config.sampler is None:
         raise UsageError(f"`{path}` draws no pictures", hint="evaluate a text-to-image student")
     count = steps or student.config.sampler.default_steps
