@@ -70,6 +70,12 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> dict[str,
     "--max-latency", callback=_latency, metavar="SHARE|MS", help="`0.45` of fp32's, or `20ms`; both are estimates."
 )
 @click.option("--max-size", callback=_size, metavar="BYTES|SHARE", help="Of all weights: `3.2MB`, or `30%` of fp32's.")
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="What `edgegen tune` chose: the plan may cost what the recipe's precisions cost, and loses least for that.",
+)
 @click.option("--min-psnr", type=click.FloatRange(0, 150), help="dB of the picture against the float student's.")
 @click.option(
     "--max-conditioning", type=click.FloatRange(0, 1), help="By what share a prompt may move the picture more or less."
@@ -102,6 +108,7 @@ def command(
     max_latency: dict[str, Any],
     max_size: dict[str, Any],
     level: str | None,
+    recipe: Path | None,
     output: Output,
     lora: tuple[str, ...],
     arch: str | None,
@@ -119,16 +126,27 @@ def command(
     """
     from edgegen.build.recipe import chosen_backends
     from edgegen.cache import Cache
+    from edgegen.errors import UsageError
     from edgegen.precision.options import PlanOptions
     from edgegen.precision.planner import make_plan, write_planned
     from edgegen.prune.elastic import chosen_level
+    from edgegen.prune.recipe import read_recipe, require_left_by
     from edgegen.students.source import Source
     from edgegen.targets import load_target
 
     device = load_target(target)
-    names = chosen_backends(device, backends)
+    chosen = None if recipe is None else read_recipe(recipe)
+    names = chosen_backends(device, backends if chosen is None or backends is not None else chosen.backends)
     student = chosen_level(Source(lora, arch, arch_config, inputs, timesteps, guidance).open(model), level)
     options = PlanOptions(**asked, **max_latency, **max_size)
+    if chosen is not None:
+        if max_latency or max_size or options.precisions is not None:
+            raise UsageError(
+                "`--recipe` says what a plan may cost, and so does another option", hint="give one of them"
+            )
+        chosen.require_for(device.name, names)
+        require_left_by(chosen, student)
+        options = options.model_copy(update={"like": chosen.precisions})
     path = destination or Path(f"{student.config.name}-{device.name}.plan.toml")
     with output.progress() as progress:
         planned = make_plan(student, device, names, options, Cache(None), progress)

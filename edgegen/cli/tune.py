@@ -110,8 +110,8 @@ def command(
     """Choose widths, blocks and precisions of MODEL together: walk the front of latency and quality for a device.
 
     The fastest points that still draw are written as recipes, each with the student that it leaves. That wants healing
-    (`edgegen prune --recipe`), and then `edgegen plan` with the shares that the recipe says. Latencies are estimates
-    from kernels timed on this machine.
+    (`edgegen prune --recipe`), and then precisions (`edgegen plan --recipe`). Latencies are estimates from kernels
+    timed on this machine.
     """
     from joblib import parallel_config
 
@@ -183,8 +183,7 @@ def _text(tuned: Tuned, paths: list[Path], model: Path, target: str, backends: t
         lines += ["", str(path), f"  {path.with_suffix('.pt')} is what it leaves, not healed"]
         lines.append(f"  heal: edgegen prune {model} {on} --recipe {path} --heal 2000 -o {healed}")
         if recipe.precisions:
-            asked = f"--max-latency {recipe.plan_latency:g}x --max-size {recipe.plan_size * 100:.1f}%"
-            lines.append(f"  then: edgegen plan {healed} {on} {asked}")
+            lines.append(f"  then: edgegen plan {healed} {on} --recipe {path}")
     if not paths:
         lines += ["", "no point draws well enough for a recipe: lower `--min-psnr`, or ask for less"]
     return "\n".join(lines)

@@ -164,6 +164,21 @@ def _whole(
     return found
 
 
+def costs_like(
+    whole: Problem, precisions: Mapping[str, Mapping[str, str]], backends: Sequence[str]
+) -> tuple[dict[str, float], int]:
+    """Backend -> share of fp32's latency, and bytes, of the plan with these precisions, component -> module path; the
+    float where none is named or an op has none of that name."""
+    totals = dict(whole.fixed)
+    for item in whole.items:
+        wanted = precisions.get(item.component, {}).get(item.key.split("#")[0])
+        like = [one for one in item.options if one.precision == wanted] or [item.options[0]]
+        for name, cost in min(like, key=lambda one: one.losses["picture"]).costs.items():
+            totals[name] += cost
+    # A sum in another order may come out a little larger.
+    return {on: totals[f"latency {on}"] * (1 + 1e-9) for on in backends}, math.ceil(totals["bytes"])
+
+
 def within(whole: Problem, budget: Budget, backends: Sequence[str]) -> Problem:
     """`whole` with the caps and the aim of `budget`."""
     caps: dict[str, float] = {}

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edgegen.precision.budget import Aim, Budget
 from edgegen.precision.file import Notes
-from edgegen.precision.plan import Precision, PrecisionPlan
+from edgegen.precision.plan import OpPrecision, Precision, PrecisionPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,9 @@ class PlanOptions(BaseModel):
     max_latency_ms: float | None = None
     max_size: int | None = None
     max_size_ratio: float | None = None
+    like: dict[str, dict[str, OpPrecision]] | None = None
+    """Component -> module path -> precision, the float where not named: a plan may cost as much with each backend as
+    this one would, and as many bytes. In place of the four above."""
     min_psnr: float | None = None
     max_conditioning: float | None = None
     min_alignment: float | None = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgegen.precision.asked import Asked, Experiment
-from edgegen.precision.budget import Budget, Measured, problem, psnr, within
+from edgegen.precision.budget import Budget, Measured, costs_like, problem, psnr, within
 from edgegen.precision.calls import Calls
 from edgegen.precision.choose import Choice, InfeasibleError, Problem, choose
 from edgegen.precision.cost import Candidate, float_precision
@@ -85,7 +85,10 @@ class Stages:
             self.asked.backends,
             base,
         )
-        budget = self.asked.options.budget(self.asked.latency(), self.asked.size())
+        latency, size = self.asked.latency(), self.asked.size()
+        if self.asked.options.like is not None:
+            latency, size = costs_like(whole, self.asked.options.like, self.asked.backends)
+        budget = self.asked.options.budget(latency, size)
         asked = within(whole, budget, self.asked.backends)
         self.asked.progress.stage("choose, measure", 0)
 

@@ -183,11 +183,7 @@ def _followed(
     progress: Progress,
 ) -> Made:
     """What `edgegen tune` chose."""
-    if recipe.target != target.name:
-        raise UsageError(
-            f"the recipe was made for target `{recipe.target}`, not for `{target.name}`",
-            hint=f"`--target {recipe.target}`, or `edgegen tune` for `{target.name}`",
-        )
+    recipe.require_for(target.name, backends)
     follow(recipe, student)
     names = tuple(recipe.prunings)
     progress.stage("capture, find what may be cut", len(names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,8 +21,7 @@ SIZE_LIMIT = 64 << 20
 class Recipe(BaseModel):
     """`estimated`: costs of the choice as shares of the student's (`latency <backend>`, `macs`, `bytes`), and the
     decibels of its picture, precisions included. `measured`: decibels of the picture of what is left, in float and
-    without healing, and the alignment of `shapes`. `plan_latency`, `plan_size`: shares of the pruned student's own fp32
-    that the precisions come to, which `edgegen plan` is asked for."""
+    without healing, and the alignment of `shapes`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -35,8 +35,20 @@ class Recipe(BaseModel):
     precisions: dict[str, dict[str, OpPrecision]]
     estimated: dict[str, float]
     measured: dict[str, float]
-    plan_latency: float
-    plan_size: float
+
+    def require_for(self, target: str, backends: Sequence[str]) -> None:
+        """UsageError where it was made for another target, or for others than `backends`."""
+        if self.target != target:
+            raise UsageError(
+                f"the recipe was made for target `{self.target}`, not for `{target}`",
+                hint=f"`--target {self.target}`, or `edgegen tune` for `{target}`",
+            )
+        stray = [name for name in backends if name not in self.backends]
+        if stray:
+            raise UsageError(
+                f"the recipe was made for {', '.join(self.backends)}, not for `{stray[0]}`",
+                hint=f"`--backend {','.join(self.backends)}`, or `edgegen tune` for `{stray[0]}`",
+            )
 
 
 def write_recipe(path: Path, recipe: Recipe) -> None:
@@ -57,6 +69,24 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(
             f"recipe `{path}` does not fit at `{where}`: {first['msg']}", hint="`edgegen tune` writes recipes"
         ) from error
+
+
+def require_left_by(recipe: Recipe, student: Student) -> None:
+    """UsageError unless `student` is what the recipe leaves, healed or not: as many positions of everything that is
+    cut, and the same blocks gone."""
+    for name, cut in recipe.prunings.items():
+        config = student.config.components.get(name)
+        record = Pruning() if config is None or config.pruning is None else config.pruning
+        same = all(
+            len(record.positions(parameter, dim) or ()) == len(cut.positions(parameter, dim) or ())
+            for parameter, dims in cut.cuts.items()
+            for dim in dims
+        )
+        if not same or not set(cut.removed) <= set(record.removed):
+            raise UsageError(
+                f"the {name} of `{student.config.name}` is not what the recipe leaves of it",
+                hint="first `edgegen prune MODEL --recipe FILE --heal 2000 -o healed.pt`, then plan healed.pt",
+            )
 
 
 def follow(recipe: Recipe, student: Student) -> Student:

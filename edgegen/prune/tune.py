@@ -24,7 +24,7 @@ from edgegen.prune.importance import Probe, importance
 from edgegen.prune.precisions import priced
 from edgegen.prune.recipe import Recipe
 from edgegen.prune.refusal import refused
-from edgegen.prune.search import Choice, NoFitError, Problem, total, walk
+from edgegen.prune.search import Choice, NoFitError, walk
 from edgegen.prune.space import Spaces
 from edgegen.prune.target_speed import TargetSpeed, target_speed
 from edgegen.prune.trial import Trial
@@ -149,7 +149,7 @@ def tune(
     front = _measured(made, choices, whole, options, progress)
     kept = sorted(_undominated(front, along), key=lambda one: one.costs[along])
     good = [one for one in kept if one.psnr >= options.min_psnr][: options.best]
-    recipes = tuple((_recipe(made, one, target, backends, along), made.pruned(one.choice)) for one in good)
+    recipes = tuple((_recipe(made, one, target, backends), made.pruned(one.choice)) for one in good)
     errors = {
         name: sorted(one.error for one in found.values())[len(found) // 2]
         for name, found in made.surfaces.items()
@@ -229,10 +229,7 @@ def _undominated(points: Sequence[Measured], along: str) -> list[Measured]:
     return [one for one in points if not beaten(one)]
 
 
-def _recipe(made: Assembled, point: Measured, target: Target, backends: Sequence[str], along: str) -> Recipe:
-    floats = {work.name: work.options[0] for work in made.problem.works}
-    options = {name: None if option is None else floats[name] for name, option in point.choice.options.items()}
-    plain: dict[str, float] = total(_uncapped(made.problem), point.choice.levels, options, point.choice.removed)
+def _recipe(made: Assembled, point: Measured, target: Target, backends: Sequence[str]) -> Recipe:
     measured = {"picture_psnr_db": point.psnr}
     if point.alignment is not None:
         measured["alignment"] = point.alignment
@@ -246,18 +243,7 @@ def _recipe(made: Assembled, point: Measured, target: Target, backends: Sequence
         precisions=made.precisions(point.choice),  # type: ignore[arg-type]
         estimated={**point.costs, "picture_psnr_db": point.psnr_estimated},
         measured=measured,
-        plan_latency=_up(point.choice.totals[along] / plain[along]),
-        plan_size=_up(point.choice.totals["bytes"] / plain["bytes"]),
     )
-
-
-def _uncapped(problem: Problem) -> Problem:
-    return replace(problem, caps={}, minimise={})
-
-
-def _up(share: float) -> float:
-    """To three digits, to the side that can be kept."""
-    return min(1.0, math.ceil(share * 1e3) / 1e3)
 
 
 def _correlation(made: Assembled) -> float | None:
