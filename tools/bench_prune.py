@@ -2,7 +2,7 @@
 
     python tools/bench_prune.py --work runs/prune --markdown docs/benchmarks/prune-shapes.md
 
-Six parts, in this order; each writes what it found before the next begins, and what was found for the same student
+Seven parts, in this order; each writes what it found before the next begins, and what was found for the same student
 with the same settings is not made again (`--again` forgets it). Healing that was killed goes on where it was.
 
 - asked: the denoiser without 40 % of its MACs, the decoder without half of its own, healed.
@@ -11,8 +11,9 @@ with the same settings is not made again (`--again` forgets it). Healing that wa
 - separable: the decoder at 40 % of its MACs by channels, by separable convolutions, and by both, healed alike.
 - small: the student that is quantized afterwards, `--small` of the denoiser's MACs and `--small-decoder` of the
   decoder's, healed.
-- bundles: what was asked, and the small one with a precision plan, built for this machine and drawn with in turns with
-  a bundle of the float original; run it when nothing else runs.
+- tuned: where `--recipe` names one that `edgegen tune` wrote for this student, what it leaves, healed as `small`.
+- bundles: what was asked, and the small one with a precision plan and what the recipe left with its own, built for this
+  machine and drawn with in turns with a bundle of the float original; run it when nothing else runs.
 - elastic: nested levels of `--levels` of both networks' MACs in one checkpoint, healed together, and beside each the
   same cut healed alone with as many steps.
 
@@ -49,6 +50,7 @@ from edgegen.prune.importance import Probe, importance, magnitude
 from edgegen.prune.nested import Asked, choose
 from edgegen.prune.options import PruneOptions
 from edgegen.prune.ratio import ratio_for
+from edgegen.prune.recipe import follow, read_recipe
 from edgegen.prune.search import search
 from edgegen.prune.separable import separate
 from edgegen.prune.space import Spaces
@@ -61,8 +63,8 @@ from edgegen.students.shapes.evaluate import evaluate
 from edgegen.students.student import Component, Student
 from edgegen.targets import load_target
 
-PARTS = ("asked", "half", "separable", "small", "bundles", "elastic")
-BUNDLES = ("float", "asked", "small, quantized")
+PARTS = ("asked", "half", "separable", "small", "tuned", "bundles", "elastic")
+BUNDLES = ("float", "asked", "small, quantized", "tuned, quantized")
 CUT = ("denoiser", "decoder")
 ASKED = {"denoiser": 0.6, "decoder": 0.5}
 HALF = {"denoiser": 0.5, "decoder": 0.5}
@@ -173,14 +175,16 @@ class Bench:
         made = [np.stack(list(draw_many(one, prompts, seeds, steps))) for one in (student, self.student)]
         return float(10 * np.log10(4 / max(1e-12, float(np.square(made[0] - made[1]).mean()))))
 
-    def healed(self, name: str, cut: Student, steps: int) -> Student:
+    def healed(self, name: str, cut: Student, steps: int, seed: int = 0) -> Student:
         """Before and after, as rows; what comes out is saved as a checkpoint too."""
         self.row(f"{name}, not healed", cut, 0)
-        path = self.work / f"{name}-{cut.fingerprint[:12]}-healed-{steps}.pt"
+        again = f"-seed-{seed}" if seed else ""
+        path = self.work / f"{name}-{cut.fingerprint[:12]}-healed-{steps}{again}.pt"
         if path.is_file():
             return load(path)
         print(f"{name}: heal", file=sys.stderr, flush=True)
-        made = heal(self.student, cut, HealOptions(steps=steps), self.cache, Lines())
+        made = heal(self.student, cut, HealOptions(steps=steps, seed=seed), self.cache, Lines())
+        name = f"{name}, seed {seed}" if seed else name
         save_pt(made.student, path)
         seconds = sum(one.course.seconds for one in made.lessons)
         cpu = sum(one.course.cpu_seconds for one in made.lessons)
@@ -205,6 +209,12 @@ class Bench:
             return found.pruned(search(replace(found.problem, caps=caps, minimise={"picture": 1.0})))
 
         return self.cut(name, make)
+
+    def tuned(self, recipe: Path, steps: int) -> Student:
+        """What the recipe leaves, healed."""
+        return self.healed(
+            "tuned", self.cut(f"tuned {recipe.stem}", lambda: follow(read_recipe(recipe), self.student)), steps
+        )
 
     def small(self, wanted: Mapping[str, float]) -> Student:
         """What is quantized afterwards."""
@@ -286,19 +296,22 @@ def separable_decoders(bench: Bench) -> dict[str, Student]:
 
 def bundles_of(
     bench: Bench, asked: argparse.Namespace, small: Mapping[str, float], small_heal: int
-) -> dict[str, Callable[[], tuple[Student, bool]]]:
-    """By name, the student of a bundle and whether it is quantized."""
+) -> dict[str, Callable[[], bundles.Made]]:
+    """By name, what a bundle is made of."""
     decoders = {} if asked.bundle else separable_decoders(bench)
-    return {
-        "float": lambda: (bench.student, False),
+    made: dict[str, Callable[[], bundles.Made]] = {
+        "float": lambda: bundles.Made(bench.student),
         **{name: partial(_healed, bench, name, cut, asked.separable_heal) for name, cut in decoders.items()},
-        "asked": lambda: (bench.healed("asked", bench.chosen("asked", ASKED), asked.heal), False),
-        "small, quantized": lambda: (bench.healed("small", bench.small(small), small_heal), True),
+        "asked": lambda: bundles.Made(bench.healed("asked", bench.chosen("asked", ASKED), asked.heal)),
+        "small, quantized": lambda: bundles.Made(bench.healed("small", bench.small(small), small_heal), True),
     }
+    if asked.recipe is not None:
+        made["tuned, quantized"] = lambda: bundles.Made(bench.tuned(asked.recipe, small_heal), True, asked.recipe)
+    return made
 
 
-def _healed(bench: Bench, name: str, cut: Student, steps: int) -> tuple[Student, bool]:
-    return bench.healed(name, cut, steps), False
+def _healed(bench: Bench, name: str, cut: Student, steps: int) -> bundles.Made:
+    return bundles.Made(bench.healed(name, cut, steps))
 
 
 def macs(student: Student, name: str) -> float:
@@ -343,6 +356,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/prune"), help="what is found again")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--heal", type=int, default=2000, help="steps of `asked`")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of `asked`: healed once with each")
+    parser.add_argument("--recipe", type=Path, help="of `tuned`: what `edgegen tune` wrote")
     parser.add_argument("--separable-heal", type=int, default=300, help="steps of the separable decoders")
     parser.add_argument("--small-heal", type=int, help="steps of `small`; default: those of --heal")
     parser.add_argument("--half-heal", type=int, nargs="+", default=[50, 200], help="steps of both students of `half`")
@@ -372,8 +387,9 @@ def main() -> int:
 
     bench.row("original", bench.student, 0)
     if "asked" in asked.part:
-        bench.healed("asked", bench.chosen("asked", ASKED), asked.heal)
-        show()
+        for seed in asked.seeds:
+            bench.healed("asked", bench.chosen("asked", ASKED), asked.heal, seed)
+            show()
     if "half" in asked.part:
         cuts = {"half": bench.chosen("half", HALF), "half, uniform": bench.uniform("half, uniform", HALF)}
         for steps in asked.half_heal:
@@ -388,9 +404,12 @@ def main() -> int:
     if "small" in asked.part:
         bench.healed("small", bench.small(small), small_heal)
         show()
+    if "tuned" in asked.part and asked.recipe is not None:
+        bench.tuned(asked.recipe, small_heal)
+        show()
     if "bundles" in asked.part:
         built = bundles_of(bench, asked, small, small_heal)
-        folders = {name: bundles.bundle(bench.work, name, *built[name]()) for name in asked.bundle or built}
+        folders = {name: bundles.bundle(bench.work, name, built[name]()) for name in asked.bundle or built}
         prompt = bench.student.config.example_prompts[0]
         for threads in asked.threads:
             bench.remember(bundles.timed(folders, prompt, threads, asked.repeats, asked.in_a_row))

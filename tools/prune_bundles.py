@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -63,19 +64,31 @@ def edgegen(*arguments: str, cache: Path) -> int:
     return done.returncode
 
 
-def bundle(work: Path, name: str, student: Student, quantized: bool) -> Path:
+@dataclass(frozen=True)
+class Made:
+    """A student of which a bundle is built; `recipe`: what `edgegen tune` chose, whose precisions the plan is to cost
+    no more than."""
+
+    student: Student
+    quantized: bool = False
+    recipe: Path | None = None
+
+
+def bundle(work: Path, name: str, made: Made) -> Path:
     """Built once for each student; a bundle is whole or not there."""
+    student = made.student
     plain = name.replace(",", "").replace("%", "").replace(" ", "-")
     folder = work / f"{plain}-{student.fingerprint[:12]}"
     missed = folder.with_name(f"{folder.name}.failed")
-    for made in (folder, missed):
-        if made.is_dir():
-            return made
+    for known in (folder, missed):
+        if known.is_dir():
+            return known
     checkpoint, plan = folder.with_suffix(".pt"), folder.with_suffix(".plan.toml")
     save_pt(student, checkpoint)
     target = ("--target", TARGET, "--backend", ",".join(BACKENDS))
-    if quantized:
-        edgegen("plan", str(checkpoint), *target, "-o", str(plan), cache=work / "cache")
+    if made.quantized:
+        budget = () if made.recipe is None else ("--recipe", str(made.recipe))
+        edgegen("plan", str(checkpoint), *target, *budget, "-o", str(plan), cache=work / "cache")
         target = ("--target", TARGET, "--plan", str(plan))
     code = edgegen("build", str(checkpoint), *target, "-o", str(folder), cache=work / "cache")
     return missed if code == MISSED else folder

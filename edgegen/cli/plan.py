@@ -144,6 +144,8 @@ def command(
             raise UsageError(
                 "`--recipe` says what a plan may cost, and so does another option", hint="give one of them"
             )
+        if not any(chosen.precisions.values()):
+            raise UsageError(f"recipe `{recipe}` has no precisions: it is of widths alone", hint="leave `--recipe` out")
         chosen.require_for(device.name, names)
         require_left_by(chosen, student)
         options = options.model_copy(update={"like": chosen.precisions})

@@ -174,7 +174,7 @@ def costs_like(
         wanted = precisions.get(item.component, {}).get(item.key.split("#")[0])
         like = [one for one in item.options if one.precision == wanted] or [item.options[0]]
         for name, cost in min(like, key=lambda one: one.losses["picture"]).costs.items():
-            totals[name] += cost
+            totals[name] = totals.get(name, 0.0) + cost
     # A sum in another order may come out a little larger.
     return {on: totals[f"latency {on}"] * (1 + 1e-9) for on in backends}, math.ceil(totals["bytes"])
 

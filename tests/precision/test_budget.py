@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from edgegen.precision.budget import Budget, Measured, psnr, within
+from edgegen.precision.budget import Budget, Measured, costs_like, psnr, within
 from edgegen.precision.choose import InfeasibleError, Item, Option, Problem, choose
 from edgegen.precision.refusal import refused
 from edgegen.precision.settle import MissedError, settle
@@ -172,3 +172,13 @@ def test_a_latency_asked_of_two_backends_binds_as_one():
         choose(asked)
     assert None not in caught.value.best.values()
     assert all(caught.value.best[f"latency {name}"] > 0.5 for name in ("onnx", "tflite"))
+
+
+def test_what_precisions_cost_is_a_budget_that_they_keep_to_and_no_less():
+    problem = whole(("onnx", "tflite"))
+    named = {"net": {f"op{index}": "w8a8" for index in (0, 11)} | {"op5": "w4", "elsewhere": "w8a8"}, "other": {}}
+    latency, size = costs_like(problem, named, ("onnx", "tflite"))
+    assert size == 1 + 10 * 4 + 2 and latency == pytest.approx({"onnx": 10.6 / 12, "tflite": 10.6 / 12})
+    chosen = choose(within(problem, Budget(latency=latency, size=size, aim="loss"), ["onnx", "tflite"]))
+    compressed = [item.key for item, one in zip(problem.items, chosen.options, strict=True) if one.precision == "w8a8"]
+    assert compressed == ["op0", "op1"], "as cheap as what was named, and loses least"

@@ -141,6 +141,32 @@ def test_a_recipe_is_followed_and_healed(tuned, capsys):
     assert "cuts component `nose`, which `tiny` does not have" in capsys.readouterr().err
 
 
+def test_a_plan_costs_no_more_than_the_precisions_of_its_recipe(tuned, capsys):
+    folder, _ = tuned
+    path = next((folder / "out").glob("tiny-*.json"))
+    recipe = json.loads(path.read_text())
+    # Of this student every op has int8 somewhere on the front; here all that the recipe may say.
+    assert any(recipe["precisions"].values())
+    left, plan = str(path.with_suffix(".pt")), folder / "tiny.plan.toml"
+    call = ["plan", left, "--target", "linux-x86", "--no-repairs", "-o", str(plan), "-q", "--json"]
+    assert main([*call, "--recipe", str(path)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["backends"] == ["tflite"]
+    compressed = sum(n for counts in said["counts"].values() for one, n in counts.items() if one != "fp32")
+    assert compressed
+    dearer = json.loads(path.read_text()) | {"precisions": {}}
+    path.with_name("float.json").write_text(json.dumps(dearer))
+    for more, why in (
+        (["--recipe", str(path), "--max-size", "30%"], "so does another option"),
+        (["--recipe", str(path), "--backend", "onnx"], "made for tflite, not for `onnx`"),
+        (["--recipe", str(path.with_name("float.json"))], "has no precisions"),
+    ):
+        assert main([*call, *more]) == 2
+        assert why in capsys.readouterr().err
+    assert main(["plan", str(folder / "tiny.pt"), *call[2:], "--recipe", str(path)]) == 2
+    assert "is not what the recipe leaves of it" in capsys.readouterr().err
+
+
 def test_a_recipe_of_another_student_is_refused(tuned, shapes):
     folder, _ = tuned
     recipe = read_recipe(next((folder / "out").glob("tiny-*.json")))
