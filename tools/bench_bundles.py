@@ -24,6 +24,7 @@ import numpy as np
 from turns import PAUSE, WARM_UP, on_cores, settings_of, turns
 
 from edgegen.bundle.open import Bundle, open_bundle
+from edgegen.cores import cores
 from edgegen.lower.backend import Array, Executable, get_backend
 from edgegen.lower.chain import load_artifact
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("plan", type=Path)
     parser.add_argument("--backend", nargs="+", help="default: all that both bundles have")
     parser.add_argument("--component", nargs="+", default=["denoiser"])
-    parser.add_argument("--threads", type=int, nargs="+", default=[len(os.sched_getaffinity(0))])
+    parser.add_argument("--threads", type=int, nargs="+", default=[cores()])
     parser.add_argument("--turns", type=int, default=100)
     parser.add_argument("--calls", type=int, nargs="+", default=[4, 50])
     parser.add_argument("--json", type=Path)
@@ -89,7 +90,7 @@ def _rows(fp32: Path, plan: Path, backend: str, component: str, calls: Sequence[
     for in_a_row in calls:
         taken = turns([partial(run, given) for run, given in loaded], repeats, in_a_row=in_a_row, pause=PAUSE)
         medians, least = [statistics.median(one) * 1e3 for one in taken], [min(one) * 1e3 for one in taken]
-        rows.append(Row(backend, component, len(os.sched_getaffinity(0)), in_a_row, *medians, *least, *sizes))
+        rows.append(Row(backend, component, cores(), in_a_row, *medians, *least, *sizes))
         named = f"{backend} {component}, {rows[-1].threads} threads, {in_a_row} calls"
         print(f"{named}: {rows[-1].fp32_ms:.2f} -> {rows[-1].plan_ms:.2f} ms, {rows[-1].ratio:.3f}", file=sys.stderr)
     for run, _ in loaded:

@@ -28,8 +28,9 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from turns import PAUSE, WARM_UP, in_turns, request_of, settings_of
+from turns import PAUSE, WARM_UP, in_turns, keep_to, request_of, settings_of
 
+from edgegen.cores import cores
 from edgegen.graph.evaluate import evaluate
 from edgegen.lower.backend import get_backend
 from edgegen.precision.cost import places, refusal, work_of
@@ -103,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("onnx", "tflite", "executorch"), nargs="+", default=["onnx"])
     parser.add_argument("--op", choices=("linear", "conv"), nargs="+", default=["linear", "conv"])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--repeats", type=int, default=25, help="turns of each artifact that count")
     parser.add_argument("--rows", type=Path, help="measure nothing: tables of what an earlier run wrote as --json")
     parser.add_argument("--json", type=Path)
@@ -114,7 +115,7 @@ def main() -> None:
         known = json.loads(options.rows.read_text())
         _write(options, known["settings"], [Timed(**{**row, "shape": tuple(row["shape"])}) for row in known["rows"]])
         return
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    keep_to(options.threads)
     torch.manual_seed(0)
     repeats = (
         f"{options.repeats} turns of {IN_A_ROW} calls of each artifact, medians, after {WARM_UP} that do not count"

@@ -40,10 +40,11 @@ from int8_ours import APPLE, PLAIN, PLANS, Ours
 from int8_rows import Failed, Made, Row, joined, line, markdown, size_of
 from int8_theirs import THEIRS, nncf
 from subjects import MODELS, Subject, subjects
-from turns import WARM_UP, in_turns, settings_of
+from turns import WARM_UP, in_turns, keep_to, settings_of
 
 from edgegen.build.graphs import Graphs
 from edgegen.cache import Cache
+from edgegen.cores import cores
 from edgegen.verify.metrics import sqnr_db
 
 
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--no-defaults", action="store_true", help="leave the runtimes' own recipes out")
     parser.add_argument("--nncf-python", type=Path, metavar="PATH", help="a Python that has NNCF and OpenVINO")
     parser.add_argument("--together", action="store_true", help="call the artifacts of all backends in the same turns")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--repeats", type=int, default=40, help="calls of each artifact that count; 0: no latency")
     parser.add_argument("--cache", type=Path, help="where plans are kept; default: nowhere")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where the artifacts stay, to be looked into")
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    keep_to(options.threads)
     torch.set_num_threads(options.threads)
     tools = ("ai-edge-quantizer", "torchao", "coremltools", "coreai-opt")
     theirs = ", ".join(f"{name} {metadata.version(name)}" for name in tools)

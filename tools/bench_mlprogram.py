@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import resource
 import statistics
@@ -32,6 +31,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from edgegen.cores import cores
 from edgegen.graph.tensor_spec import TensorSpec
 from edgegen.lower.backend import LowerRequest, Precision, get_backend
 from edgegen.profile.host import this_host
@@ -65,7 +65,7 @@ class Row(BaseModel):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, help="folder that keeps the packages")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--repeats", type=int, default=7, help="calls of each that count")
     parser.add_argument("--precision", choices=("fp32", "fp16"), nargs="+", default=["fp32", "fp16"])
     parser.add_argument("--json", type=Path)

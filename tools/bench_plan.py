@@ -14,7 +14,6 @@ code; latency never does: denoisers of one backend are lowered in this process a
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -26,12 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from int8_ours import by_component
+from lines import Lines
 from plan_subjects import FACTOR, naive, planted
 from pydantic import BaseModel
-from turns import in_turns, request_of, settings_of
+from turns import in_turns, keep_to, request_of, settings_of
 
 from edgegen.build.graphs import Graphs
 from edgegen.cache import Cache
+from edgegen.cores import cores
 from edgegen.graph.edit import weights
 from edgegen.lower.backend import get_backend
 from edgegen.precision.budget import psnr
@@ -102,17 +103,6 @@ class Found(BaseModel):
     """Of each plan's estimates with ops measured alone, Spearman's."""
 
 
-class Quiet:
-    """Progress of plans, to stderr."""
-
-    def stage(self, name: str, total: int) -> None:
-        print(f"  {name}", file=sys.stderr, flush=True)
-
-    def advance(self) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-
 class Bench:
     """One student with its graphs, and what it is tried on."""
 
@@ -132,7 +122,7 @@ class Bench:
     def plan(self, repairs: bool, target: str = "linux-x86", **more: object) -> Planned:
         print(f"{self.name}: plan for {self.backends}, repairs {repairs}", file=sys.stderr, flush=True)
         options = PlanOptions(repairs=repairs, **more)  # type: ignore[arg-type]
-        return make_plan(self.student, load_target(target), self.backends, options, self.cache, Quiet(), self.programs)
+        return make_plan(self.student, load_target(target), self.backends, options, self.cache, Lines(), self.programs)
 
     def rows(
         self,
@@ -200,14 +190,14 @@ def main() -> None:
     )
     parser.add_argument("--no-palettes", action="store_true", help="leave the palettes for Core ML out")
     parser.add_argument("--prompts", type=int, default=108, help="held-back prompts that alignment is over")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--repeats", type=int, default=60, help="calls of each denoiser that count")
     parser.add_argument("--no-latency", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    keep_to(options.threads)
     torch.set_num_threads(options.threads)
     settings = settings_of(
         options.backend,

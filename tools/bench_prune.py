@@ -23,7 +23,6 @@ Alignment is over all 432 held-back prompts, through torch for students and thro
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,11 +32,13 @@ from pathlib import Path
 
 import numpy as np
 import prune_bundles as bundles
+from lines import Lines
 from prune_bundles import STEPS, TARGET, Timed
 from pydantic import BaseModel
 from turns import settings_of
 
 from edgegen.cache import Cache
+from edgegen.cores import cores
 from edgegen.graph.capture import capture
 from edgegen.graph.count import count
 from edgegen.prune.apply import pruned
@@ -93,26 +94,6 @@ class Found(BaseModel):
 
     rows: list[Row] = []
     timed: list[Timed] = []
-
-
-class Lines:
-    """Progress as lines on stderr."""
-
-    def __init__(self) -> None:
-        self.said = 0.0
-
-    def stage(self, name: str, total: int) -> None:
-        print(f"  {name}", file=sys.stderr, flush=True)
-
-    def advance(self) -> None: ...
-
-    def note(self, text: str) -> None:
-        print(f"  {text}", file=sys.stderr, flush=True)
-
-    def status(self, text: str) -> None:
-        if time.monotonic() - self.said > 30:
-            self.said = time.monotonic()
-            print(f"    {text}", file=sys.stderr, flush=True)
 
 
 class Bench:
@@ -369,7 +350,7 @@ def main() -> int:
     parser.add_argument("--bundle", nargs="+", choices=BUNDLES, help="default: these and the separable decoders")
     parser.add_argument("--repeats", type=int, default=20, help="turns of each bundle that count")
     parser.add_argument("--in-a-row", type=int, default=10, help="pictures of a turn")
-    parser.add_argument("--threads", type=int, nargs="+", default=[len(os.sched_getaffinity(0))], help="of bundles")
+    parser.add_argument("--threads", type=int, nargs="+", default=[cores()], help="of bundles")
     parser.add_argument("--again", action="store_true", help="forget what was found before")
     parser.add_argument("--markdown", type=Path)
     asked = parser.parse_args()

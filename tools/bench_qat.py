@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from lines import Lines
 from pydantic import BaseModel
 from turns import settings_of
 
@@ -86,22 +87,6 @@ class Run(BaseModel):
     cpu_seconds: float
     resumed: bool
     peak_gb: float
-
-
-class Lines:
-    """Progress as lines on stderr."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def stage(self, name: str, total: int) -> None:
-        print(f"  {name}", file=sys.stderr, flush=True)
-
-    def advance(self) -> None:
-        self.steps += 1
-
-    def note(self, text: str) -> None:
-        print(f"  {text}", file=sys.stderr, flush=True)
 
 
 class Bench:

@@ -34,8 +34,9 @@ from pydantic import BaseModel
 from subjects import BIG, SMALL
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from turns import WARM_UP, in_turns, request_of, settings_of
+from turns import WARM_UP, in_turns, keep_to, request_of, settings_of
 
+from edgegen.cores import cores
 from edgegen.graph.edit import user_inputs
 from edgegen.lower.backend import Array, Backend, Precision, get_backend
 from edgegen.rewrite.base import census
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("--component", nargs="+", help="of `shapes`, all of them by default")
     parser.add_argument("--fresh-norms", action="store_true", help="norms of S64 and R scale by one and shift by none")
     parser.add_argument("--whole", action="store_true", help="the plain and the full pipeline alone")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--repeats", type=int, default=40, help="calls of each artifact that count")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -120,7 +121,7 @@ def main() -> None:
 
 def _limit_threads(count: int) -> None:
     """Of torch and, through the CPUs that this process may use and its environment, of the runtimes."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+    keep_to(count)
     os.environ["OMP_NUM_THREADS"] = str(count)
     torch.set_num_threads(count)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 from int8_rows import Failed, Made, runner
+from lines import Lines
 from subjects import Subject
 from turns import request_of
 
@@ -46,17 +46,6 @@ at the fewest bytes that the runtime's precisions allow, which is what whole-int
 SIZES = (0.2525, 0.255, 0.2575, 0.26, 0.265, 0.27, 0.28, 0.3, 0.35, 0.4)
 """Shares of fp32's bytes that `equal` is tried with, from the least on."""
 PLAIN = "plain fp32"
-
-
-class Quiet:
-    """Progress of plans, to stderr."""
-
-    def stage(self, name: str, total: int) -> None:
-        print(f"  {name}", file=sys.stderr, flush=True)
-
-    def advance(self) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -100,7 +89,7 @@ class Ours:
         for size in sizes:
             asked = options.model_copy(update={"max_size_ratio": size})
             try:
-                return make_plan(self.subject.student, target, (self.backend,), asked, self.cache, Quiet())
+                return make_plan(self.subject.student, target, (self.backend,), asked, self.cache, Lines())
             except GateError:
                 if size == sizes[-1]:
                     raise

@@ -34,11 +34,12 @@ T = TypeVar("T")
 
 def on_cores(count: int, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
     """What `function` gives in a process of its own that has `count` cores: some runtimes make their threads once."""
-    with ProcessPoolExecutor(1, get_context("spawn"), _keep_to, (count,)) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), keep_to, (count,)) as pool:
         return pool.submit(function, *arguments, **named).result()
 
 
-def _keep_to(count: int) -> None:
+def keep_to(count: int) -> None:
+    """This process on `count` of its cores."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 

@@ -25,17 +25,10 @@ from edgegen.precision.sites import sites
 from edgegen.students.checkpoint import save_pt
 from edgegen.students.student import Student
 from edgegen.targets import load_target
+from tests.silent import Silent
 
 QUICK = {"samples": 1, "judged": 4, "projections": 1, "confirmed": 1, "spread": 2}
 COMPONENTS = ("text_encoder", "denoiser", "decoder")
-
-
-class Quiet:
-    def stage(self, name, total): ...
-
-    def advance(self): ...
-
-    def note(self, text): ...
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +70,7 @@ def plan(student, cached, tmp_path_factory):
     backends = ("onnx", "tflite")
     programs = canonical_programs(student, backends)
     options = PlanOptions(**QUICK, precisions=("w8a8",), min_psnr=40.0, max_conditioning=0.2, repairs=False)
-    made = make_plan(student, load_target("linux-x86"), backends, options, Cache(cached), Quiet(), programs).plan
+    made = make_plan(student, load_target("linux-x86"), backends, options, Cache(cached), Silent(), programs).plan
     made = changed(made, lambda part, key, op: op.model_copy(update={"precision": chosen(part, key)}))
     path = tmp_path_factory.mktemp("plan") / "tiny.toml"
     held, known = weights(programs["decoder"]), {node.name: node for node in programs["decoder"].graph.nodes}

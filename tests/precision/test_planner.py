@@ -11,20 +11,9 @@ from edgegen.precision.file import PlanFileError, write_plan
 from edgegen.precision.options import PlanOptions
 from edgegen.precision.planner import make_plan, read_plan
 from edgegen.targets import load_target
+from tests.silent import Silent
 
 QUICK = {"samples": 2, "judged": 6, "projections": 2, "confirmed": 3, "spread": 5}
-
-
-class Quiet:
-    def __init__(self):
-        self.stages = []
-
-    def stage(self, name, total):
-        self.stages.append(name)
-
-    def advance(self): ...
-
-    def note(self, text): ...
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +29,9 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plan_with(tiny, programs, cache):
     def make(backends=("tflite",), target="linux-x86", **options):
-        return make_plan(tiny, load_target(target), backends, PlanOptions(**QUICK, **options), cache, Quiet(), programs)
+        return make_plan(
+            tiny, load_target(target), backends, PlanOptions(**QUICK, **options), cache, Silent(), programs
+        )
 
     return make
 

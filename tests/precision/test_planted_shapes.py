@@ -17,16 +17,9 @@ from edgegen.precision.prompts import prompts_for
 from edgegen.precision.simulate import Drawing, Network
 from edgegen.precision.sites import sites
 from edgegen.targets import load_target
+from tests.silent import Silent
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
-
-
-class Quiet:
-    def stage(self, name, total): ...
-
-    def advance(self): ...
-
-    def note(self, text): ...
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +61,7 @@ def test_a_plan_keeps_what_naive_int8_loses(outliers, tmp_path):
         max_size_ratio=0.30,
         aim="latency",
     )
-    made = make_plan(outliers, load_target("linux-x86"), ("onnx",), options, cache, Quiet(), programs)
+    made = make_plan(outliers, load_target("linux-x86"), ("onnx",), options, cache, Silent(), programs)
     assert any(one.name == "equalise" and one.changed for one in made.repairs)
 
     tensors = {}

@@ -18,7 +18,7 @@ from edgegen.students.checkpoint import save_pt
 from edgegen.students.load import load
 from edgegen.students.pruning import Pruning
 from edgegen.students.sample import draw
-from tests.prune.silent import Silent
+from tests.silent import Silent
 
 
 def decoder_cut(kept):

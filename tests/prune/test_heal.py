@@ -21,7 +21,7 @@ from edgegen.prune.lessons import Pair, Walks, fastest, takes_batches
 from edgegen.prune.training import Judged
 from edgegen.students.pruning import Pruning
 from edgegen.students.shapes.grammar import held_back
-from tests.prune.silent import Silent
+from tests.silent import Silent
 
 
 def inner(student):

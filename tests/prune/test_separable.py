@@ -25,7 +25,7 @@ from edgegen.students.pruning import Pruning
 from edgegen.students.reduce import reduce
 from edgegen.students.shapes import family
 from edgegen.targets import load_target
-from tests.prune.silent import Silent
+from tests.silent import Silent
 
 
 @pytest.fixture(scope="module")

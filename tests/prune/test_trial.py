@@ -14,7 +14,7 @@ from edgegen.prune.space import to_pruning
 from edgegen.prune.trial import Trial
 from edgegen.students.families.registry import new
 from edgegen.students.pruning import Pruning
-from tests.prune.silent import Silent
+from tests.silent import Silent
 
 
 @pytest.fixture(scope="module")
