@@ -135,7 +135,9 @@ def _level_name(shares: dict[str, float]) -> str:
     help="Distil what is left from MODEL, without data: so many steps of each network. Goes on after a kill.",
 )
 @click.option(
-    "--heal-rate", type=click.FloatRange(0, 1, min_open=True), default=1e-3, show_default=True, help="Learning rate."
+    "--heal-rate",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Learning rate. Default: 4e-3 up to a million parameters, and less by their root above.",
 )
 @click.option("--heal-batch", type=click.IntRange(min=1), default=32, show_default=True, help="Pictures a step.")
 @click.option(
@@ -160,7 +162,7 @@ def command(
     levels: list[dict[str, float]] | None,
     level_names: tuple[str, ...] | None,
     heal_steps: int | None,
-    heal_rate: float,
+    heal_rate: float | None,
     heal_batch: int,
     recipe: Path | None,
     min_psnr: float | None,

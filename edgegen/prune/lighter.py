@@ -21,9 +21,9 @@ from edgegen.targets import Target
 
 @dataclass(frozen=True)
 class Lighter:
-    """`student` with separable convolutions, by `records`. `whole`: counts of the components that are pruned, before;
-    `left`: after. `slower`: backend -> how many times as long the student takes that it was made of, and
-    `latency_source` what that is estimated from."""
+    """`student` with separable convolutions, by `records`. `whole`, `left`: counts of the components that are pruned,
+    before and after. `latency`: backend -> milliseconds of a picture before and after, estimated from
+    `latency_source`."""
 
     student: Student
     records: Mapping[str, Pruning]
@@ -34,6 +34,7 @@ class Lighter:
 
     @property
     def slower(self) -> dict[str, float]:
+        """Backend -> how many times as long the student takes that it was made of."""
         return {name: before / after for name, (before, after) in self.latency.items() if after}
 
     def shares(self, given: Mapping[str, float]) -> dict[str, float]:
