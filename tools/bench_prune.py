@@ -156,16 +156,16 @@ class Bench:
         made = [np.stack(list(draw_many(one, prompts, seeds, steps))) for one in (student, self.student)]
         return float(10 * np.log10(4 / max(1e-12, float(np.square(made[0] - made[1]).mean()))))
 
-    def healed(self, name: str, cut: Student, steps: int, seed: int = 0) -> Student:
+    def healed(self, name: str, cut: Student, steps: int, seed: int = 0, rate: float = 1e-3) -> Student:
         """Before and after, as rows; what comes out is saved as a checkpoint too."""
         self.row(f"{name}, not healed", cut, 0)
-        again = f"-seed-{seed}" if seed else ""
+        again = f"{f'-seed-{seed}' if seed else ''}{f'-rate-{rate:g}' if rate != 1e-3 else ''}"
         path = self.work / f"{name}-{cut.fingerprint[:12]}-healed-{steps}{again}.pt"
         if path.is_file():
             return load(path)
         print(f"{name}: heal", file=sys.stderr, flush=True)
-        made = heal(self.student, cut, HealOptions(steps=steps, seed=seed), self.cache, Lines())
-        name = f"{name}, seed {seed}" if seed else name
+        made = heal(self.student, cut, HealOptions(steps=steps, seed=seed, rate=rate), self.cache, Lines())
+        name = f"{name}{f', seed {seed}' if seed else ''}{f', at {rate:g}' if rate != 1e-3 else ''}"
         save_pt(made.student, path)
         seconds = sum(one.course.seconds for one in made.lessons)
         cpu = sum(one.course.cpu_seconds for one in made.lessons)
@@ -191,11 +191,10 @@ class Bench:
 
         return self.cut(name, make)
 
-    def tuned(self, recipe: Path, steps: int) -> Student:
+    def tuned(self, recipe: Path, steps: int, rate: float) -> Student:
         """What the recipe leaves, healed."""
-        return self.healed(
-            "tuned", self.cut(f"tuned {recipe.stem}", lambda: follow(read_recipe(recipe), self.student)), steps
-        )
+        cut = self.cut(f"tuned {recipe.stem}", lambda: follow(read_recipe(recipe), self.student))
+        return self.healed("tuned", cut, steps, rate=rate)
 
     def small(self, wanted: Mapping[str, float]) -> Student:
         """What is quantized afterwards."""
@@ -287,7 +286,9 @@ def bundles_of(
         "small, quantized": lambda: bundles.Made(bench.healed("small", bench.small(small), small_heal), True),
     }
     if asked.recipe is not None:
-        made["tuned, quantized"] = lambda: bundles.Made(bench.tuned(asked.recipe, small_heal), True, asked.recipe)
+        made["tuned, quantized"] = lambda: bundles.Made(
+            bench.tuned(asked.recipe, small_heal, asked.tuned_rate), True, asked.recipe
+        )
     return made
 
 
@@ -339,6 +340,7 @@ def main() -> int:
     parser.add_argument("--heal", type=int, default=2000, help="steps of `asked`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of `asked`: healed once with each")
     parser.add_argument("--recipe", type=Path, help="of `tuned`: what `edgegen tune` wrote")
+    parser.add_argument("--tuned-rate", type=float, default=1e-3, help="that what the recipe leaves is healed at")
     parser.add_argument("--separable-heal", type=int, default=300, help="steps of the separable decoders")
     parser.add_argument("--small-heal", type=int, help="steps of `small`; default: those of --heal")
     parser.add_argument("--half-heal", type=int, nargs="+", default=[50, 200], help="steps of both students of `half`")
@@ -386,7 +388,7 @@ def main() -> int:
         bench.healed("small", bench.small(small), small_heal)
         show()
     if "tuned" in asked.part and asked.recipe is not None:
-        bench.tuned(asked.recipe, small_heal)
+        bench.tuned(asked.recipe, small_heal, asked.tuned_rate)
         show()
     if "bundles" in asked.part:
         built = bundles_of(bench, asked, small, small_heal)

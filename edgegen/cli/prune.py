@@ -137,7 +137,9 @@ def _level_name(shares: dict[str, float]) -> str:
 @click.option(
     "--heal-rate",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Learning rate. Default: 4e-3 up to a million parameters, and less by their root above.",
+    default=1e-3,
+    show_default=True,
+    help="Learning rate. What is cut to an eighth may want 4e-3.",
 )
 @click.option("--heal-batch", type=click.IntRange(min=1), default=32, show_default=True, help="Pictures a step.")
 @click.option(
@@ -162,7 +164,7 @@ def command(
     levels: list[dict[str, float]] | None,
     level_names: tuple[str, ...] | None,
     heal_steps: int | None,
-    heal_rate: float | None,
+    heal_rate: float,
     heal_batch: int,
     recipe: Path | None,
     min_psnr: float | None,

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache as memoize
@@ -56,11 +55,6 @@ BACK_AND_FORTH = 3
 JOINT_SHARE = 0.1
 """Of the steps, on top of them, for both networks together."""
 JOINT_RATE = 0.2
-RATE, RATE_PARAMETERS = 4e-3, 1e6
-"""The rate of networks of so many parameters and fewer; of larger ones it falls with their root, which grows as their
-width does (Yang et al. 2022, arXiv 2203.03466, of Adam). Measured on the denoiser of `shapes` at 12 % of its MACs after
-400 steps, one seed: 28.3 dB and 86.8 % of prompts in one step at 1e-3, 29.0 and 88.4 at 2e-3, 29.8 and 89.8 at 4e-3,
-27.8 and 86.1 at 8e-3. Its decoder does not mind. No larger network was tried."""
 
 
 class Progress(Protocol):
@@ -79,12 +73,11 @@ class Progress(Protocol):
 class HealOptions:
     """`steps` of each network. Healing of a network ends early when its pictures are good enough: `max_drop` is the
     share of prompts (`shapes` alone) by which it may fall behind the teacher, `min_psnr` in dB; None asks nothing, and
-    where both are None all steps are taken. `rate` of AdamW; None: by a network's size. `seed`: which noise and prompts
-    are learned from, and in what order."""
+    where both are None all steps are taken. `seed`: which noise and prompts are learned from, and in what order."""
 
     steps: int
     batch: int = 32
-    rate: float | None = None
+    rate: float = 1e-3
     ema: float = 0.995
     features: float = 0.3
     max_drop: float | None = None
@@ -302,9 +295,8 @@ class Healing:
     def training(self, module: nn.Module, lessons: Lessons, steps: int, state: Path) -> Training:
         """With these options."""
         options = self.options
-        rate = rate_for(module) if options.rate is None else options.rate
         return Training(
-            module, lessons, steps, rate, options.ema, self.progress, state, judge_every=options.judge_every
+            module, lessons, steps, options.rate, options.ema, self.progress, state, judge_every=options.judge_every
         )
 
     def taken(self, component: str, phase: str, course: Course) -> None:
@@ -361,12 +353,6 @@ class Healing:
         """The student with `modules` in place of the teacher's."""
         copies = {name: copy.deepcopy(one).cpu().eval() for name, one in modules.items()}
         return self.judge(with_modules(self.teacher, copies))
-
-
-def rate_for(module: nn.Module) -> float:
-    """By how many parameters are trained."""
-    size = sum(one.numel() for one in module.parameters() if one.requires_grad)
-    return RATE * min(1.0, math.sqrt(RATE_PARAMETERS / max(1, size)))
 
 
 def save_weights(module: nn.Module, path: Path) -> None:

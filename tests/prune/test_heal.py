@@ -67,6 +67,13 @@ def test_both_networks_come_nearer(tiny, cut, tmp_path):
     assert again.student.fingerprint == made.student.fingerprint, "kept in the cache"
 
 
+def test_another_seed_learns_otherwise_and_as_well(tiny, cut, tmp_path):
+    options = [HealOptions(steps=20, batch=4, judge_every=20, seed=seed) for seed in (0, 1)]
+    made = [heal(tiny, cut, one, Cache(tmp_path), Silent()) for one in options]
+    assert made[0].student.fingerprint != made[1].student.fingerprint
+    assert min(one.after.psnr_db for one in made) > made[0].before.psnr_db
+
+
 def test_depth_comes_before_width(tiny, tmp_path):
     cuts = inner(tiny)["denoiser"]
     path = "down_blocks.1.attentions.0"
