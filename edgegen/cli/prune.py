@@ -201,13 +201,13 @@ def command(
     from edgegen.targets import load_target
 
     device = load_target(target)
+    if recipe is not None and (levels is not None or components or max_latency or any(asked[one] for one in WIDTHS)):
+        raise UsageError("`--recipe` says what comes out, and so does another option", hint="give `--recipe` alone")
     chosen = None if recipe is None else read_recipe(recipe)
     names = chosen_backends(device, backends if chosen is None or backends is not None else chosen.backends)
     student = Source(lora, arch, arch_config, inputs, timesteps, guidance).open(model)
     options = PruneOptions(components=components or (), **asked, **max_latency)
     if chosen is not None:
-        if levels is not None or components or max_latency or any(asked[one] for one in WIDTHS):
-            raise UsageError("`--recipe` says what comes out, and so does another option", hint="give `--recipe` alone")
         options = replace(options, recipe=chosen)
     if heal_steps is None and (min_psnr is not None or max_drop is not None):
         raise UsageError("`--min-psnr` and `--max-drop` say when healing may end", hint="add `--heal 2000`")

@@ -26,7 +26,7 @@ from edgegen.students.student import Student
 from edgegen.targets.read import target_path
 from edgegen.verify.inside import load_model
 from tests.build.test_memory import model as wide  # noqa: F401
-from tests.build.test_planned import Quiet
+from tests.silent import Silent
 
 CEILING = 1_700_000
 
@@ -187,7 +187,7 @@ def test_a_plan_says_which_level_it_is_of(build_cache, elastic, tmp_path, capsys
     student = load(elastic)
     options = PlanOptions(precisions=("w8",), samples=1, judged=4, projections=1, confirmed=1, spread=2, repairs=False)
     planned = make_plan(
-        at_level(student, "medium"), load_target("linux-x86"), ("tflite",), options, Cache(None), Quiet()
+        at_level(student, "medium"), load_target("linux-x86"), ("tflite",), options, Cache(None), Silent()
     )
     path = Path(tmp_path) / "plan.toml"
     write_plan(path, planned.plan)

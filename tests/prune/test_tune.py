@@ -2,6 +2,7 @@
 that nothing is lowered; `test_bench` times real ones."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -141,12 +142,12 @@ def test_a_recipe_is_followed_and_healed(tuned, capsys):
     assert "cuts component `nose`, which `tiny` does not have" in capsys.readouterr().err
 
 
-def test_a_plan_costs_no_more_than_the_precisions_of_its_recipe(tuned, capsys):
+def test_a_plan_costs_no_more_than_the_precisions_of_its_recipe(tuned, arguments, capsys):
     folder, _ = tuned
-    path = next((folder / "out").glob("tiny-*.json"))
-    recipe = json.loads(path.read_text())
-    # Of this student every op has int8 somewhere on the front; here all that the recipe may say.
-    assert any(recipe["precisions"].values())
+    code, out, err = run(capsys, *arguments, "--precision-set", "w8a8,w8", "--json", "-o", str(folder / "priced"))
+    assert code == 0, err
+    recipes = [Path(one) for one in json.loads(out)["recipes"]]
+    path = next(one for one in recipes if any(json.loads(one.read_text())["precisions"].values()))
     left, plan = str(path.with_suffix(".pt")), folder / "tiny.plan.toml"
     call = ["plan", left, "--target", "linux-x86", "--no-repairs", "-o", str(plan), "-q", "--json"]
     assert main([*call, "--recipe", str(path)]) == 0
