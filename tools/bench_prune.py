@@ -356,6 +356,8 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="forget what was found before")
     parser.add_argument("--markdown", type=Path)
     asked = parser.parse_args()
+    if "tuned, quantized" in (asked.bundle or ()) and asked.recipe is None:
+        parser.error("`tuned, quantized` is what `--recipe` leaves, and none was given")
     turns = f"{asked.repeats} of {asked.in_a_row} pictures of each bundle, medians"
     settings = settings_of(bundles.BACKENDS, max(asked.threads), turns=turns)
     bench = Bench(asked.work, asked.limit)

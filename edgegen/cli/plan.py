@@ -136,7 +136,7 @@ def command(
 
     device = load_target(target)
     chosen = None if recipe is None else read_recipe(recipe)
-    names = chosen_backends(device, backends if chosen is None or backends is not None else chosen.backends)
+    names = chosen_backends(device, backends or (chosen.backends if chosen is not None else None))
     student = chosen_level(Source(lora, arch, arch_config, inputs, timesteps, guidance).open(model), level)
     options = PlanOptions(**asked, **max_latency, **max_size)
     if chosen is not None:

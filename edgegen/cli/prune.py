@@ -204,7 +204,7 @@ def command(
     if recipe is not None and (levels is not None or components or max_latency or any(asked[one] for one in WIDTHS)):
         raise UsageError("`--recipe` says what comes out, and so does another option", hint="give `--recipe` alone")
     chosen = None if recipe is None else read_recipe(recipe)
-    names = chosen_backends(device, backends if chosen is None or backends is not None else chosen.backends)
+    names = chosen_backends(device, backends or (chosen.backends if chosen is not None else None))
     student = Source(lora, arch, arch_config, inputs, timesteps, guidance).open(model)
     options = PruneOptions(components=components or (), **asked, **max_latency)
     if chosen is not None:

@@ -17,10 +17,11 @@ from edgegen.precision.options import Progress
 from edgegen.prune.apply import pruned
 from edgegen.prune.check import check
 from edgegen.prune.elastic import require_one_size
+from edgegen.prune.estimate import before_and_after
 from edgegen.prune.find import Found, find
 from edgegen.prune.find import spaces as find_spaces
 from edgegen.prune.importance import Floats, Probe, confirmed, importance, magnitude
-from edgegen.prune.lighter import estimated, lighter
+from edgegen.prune.lighter import lighter
 from edgegen.prune.options import PruneOptions, components_of, shares_of
 from edgegen.prune.ratio import by_ratio, ratio_for
 from edgegen.prune.recipe import Recipe, follow
@@ -108,15 +109,11 @@ def prune(
         raise UsageError("`--ratio` says how much goes, and so does a budget", hint="give one of them")
     if options.uniform and options.max_latency is not None:
         raise UsageError("`--uniform` knows MACs and ratios, not latency", hint="`--max-macs 60%` or `--ratio 0.4`")
-    progress.stage("capture, find what may be cut", len(names))
-    programs, known = {}, {}
+    programs, known = captured(student, names, progress)
     for name in names:
-        programs[name] = capture(student.components[name])
-        known[name] = find(programs[name])
         if not known[name].spaces.spaces:
             why = next((one.frozen for one in known[name].spaces.frozen), "it has no channels, heads or feed-forwards")
             raise UsageError(f"nothing of component `{name}` may be cut: {why}")
-        progress.advance()
     found = {name: one.spaces for name, one in known.items()}
     multiple = max((target.backend(name).width_multiple for name in backends), default=1)
     probe = Probe.of(student, options.samples, options.steps)
@@ -156,6 +153,19 @@ def prune(
     return Made(made, prunings, parts, _frozen(found), latency, source, psnr, correlation)
 
 
+def captured(
+    student: Student, names: Sequence[str], progress: Progress
+) -> tuple[dict[str, ExportedProgram], dict[str, Found]]:
+    """Component -> its graph, and what may be cut out of it."""
+    progress.stage("capture, find what may be cut", len(names))
+    programs, known = {}, {}
+    for name in names:
+        programs[name] = capture(student.components[name])
+        known[name] = find(programs[name])
+        progress.advance()
+    return programs, known
+
+
 def _held(student: Student, known: Mapping[str, Found], prunings: Mapping[str, Pruning], progress: Progress) -> Student:
     """What `prunings` leave, each op held against what was found of it."""
     progress.stage("hold what is left against what it was", len(prunings))
@@ -186,16 +196,11 @@ def _followed(
     recipe.require_for(target.name, backends)
     follow(recipe, student)
     names = tuple(recipe.prunings)
-    progress.stage("capture, find what may be cut", len(names))
-    programs, known = {}, {}
-    for name in names:
-        programs[name] = capture(student.components[name])
-        known[name] = find(programs[name])
-        progress.advance()
+    programs, known = captured(student, names, progress)
     made = _held(student, known, recipe.prunings, progress)
     parts = tuple(_part(made, name, programs[name], known[name].spaces, recipe.prunings[name]) for name in names)
     trial = Trial.of(student, options.steps, options.samples)
-    latency, source = estimated(student, made, trial.steps, target, backends, cache, progress)
+    latency, source = before_and_after(student, made, trial.steps, target, backends, cache, progress)
     return Made(made, recipe.prunings, parts, {}, latency, source, _psnr(student, made, options, progress))
 
 
@@ -218,7 +223,7 @@ def _separated(
         if rest.uniform or rest.ratio is not None:
             # A throughput knows MACs alone, and separable ones take longer.
             steps = Trial.of(student, options.steps, options.samples).steps
-            latency, source = estimated(student, made.student, steps, target, backends, cache, progress)
+            latency, source = before_and_after(student, made.student, steps, target, backends, cache, progress)
         made = replace(made, latency=latency, latency_source=source)
     known = {part.name: part for part in made.parts}
     known |= {

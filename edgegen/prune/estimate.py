@@ -6,18 +6,21 @@ surfaces and a narrower one is never said to be slower.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.export import ExportedProgram
 
 from edgegen.cache import Cache
+from edgegen.graph.capture import capture
 from edgegen.precision.options import Progress
 from edgegen.prune.assemble import timed, timed_with
 from edgegen.prune.cost import Op, ops, width
 from edgegen.prune.kernels import Kernel
 from edgegen.prune.space import Spaces
 from edgegen.prune.target_speed import target_speed
+from edgegen.students.student import Student
+from edgegen.targets import Target
 from edgegen.targets.model import BackendOnTarget, BuildPrecision, QuantizableOp
 
 PRICED: dict[str, QuantizableOp] = {
@@ -77,6 +80,28 @@ def picture_latency(
     fit = f", fitted within {errors[len(errors) // 2]:.0%} (median over kernels)" if errors else ""
     said = f"kernels timed on this machine with {timed_with(on.name)}, not scaled" if speed is None else speed.said()
     return Estimated(made, speed is not None, said + fit)
+
+
+def before_and_after(
+    student: Student,
+    other: Student,
+    steps: int,
+    target: Target,
+    backends: Sequence[str],
+    cache: Cache,
+    progress: Progress,
+) -> tuple[dict[str, tuple[float, float]], str]:
+    """Backend -> milliseconds of a picture of `steps` steps of both in fp32, and what they are estimated from."""
+    networks = {
+        which: {
+            part: Network(capture(component), steps if part == "denoiser" else 1, "fp32")
+            for part, component in one.components.items()
+        }
+        for which, one in (("before", student), ("after", other))
+    }
+    found = {name: picture_latency(networks, target.backend(name), cache, progress) for name in backends}
+    latency = {name: (one.milliseconds["before"], one.milliseconds["after"]) for name, one in found.items()}
+    return latency, "; ".join(dict.fromkeys(one.source for one in found.values()))
 
 
 def _priced(on: BackendOnTarget, kernel: Kernel, precision: BuildPrecision) -> float:

@@ -10,7 +10,7 @@ from edgegen.graph.capture import capture
 from edgegen.graph.count import GraphCount, count
 from edgegen.precision.options import Progress
 from edgegen.prune.apply import pruned
-from edgegen.prune.estimate import Network, picture_latency
+from edgegen.prune.estimate import before_and_after
 from edgegen.prune.options import PruneOptions, components_of
 from edgegen.prune.separable import separate
 from edgegen.prune.trial import Trial
@@ -51,30 +51,5 @@ def lighter(
     records = separate(student, options.separable, trial, progress.stage, progress.advance)
     made = pruned(student, records)
     left = {name: count(capture(part)) for name, part in made.components.items() if name in whole}
-    latency, source = estimated(student, made, trial.steps, target, backends, cache, progress)
+    latency, source = before_and_after(student, made, trial.steps, target, backends, cache, progress)
     return Lighter(made, records, whole, left, latency, source)
-
-
-def estimated(
-    student: Student,
-    other: Student,
-    steps: int,
-    target: Target,
-    backends: Sequence[str],
-    cache: Cache,
-    progress: Progress,
-) -> tuple[dict[str, tuple[float, float]], str]:
-    """Backend -> milliseconds of a picture of both, and what they are estimated from."""
-    latency, sources = {}, []
-    for name in backends:
-        networks = {
-            which: {
-                part: Network(capture(component), steps if part == "denoiser" else 1, "fp32")
-                for part, component in one.components.items()
-            }
-            for which, one in (("before", student), ("after", other))
-        }
-        found = picture_latency(networks, target.backend(name), cache, progress)
-        latency[name] = (found.milliseconds["before"], found.milliseconds["after"])
-        sources.append(found.source)
-    return latency, "; ".join(dict.fromkeys(sources))

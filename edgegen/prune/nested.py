@@ -20,9 +20,8 @@ from edgegen.precision.options import Progress
 from edgegen.prune.apply import pruned
 from edgegen.prune.assemble import Assembled, Options, assemble
 from edgegen.prune.check import check
-from edgegen.prune.command import scaled
+from edgegen.prune.command import captured, scaled
 from edgegen.prune.elastic import at_level, heal_levels, require_one_size, with_levels
-from edgegen.prune.find import Found, find
 from edgegen.prune.find import spaces as find_spaces
 from edgegen.prune.heal import HealOptions
 from edgegen.prune.heal import Progress as HealProgress
@@ -125,11 +124,7 @@ def nested_levels(
         first = lighter(student, target, backends, options, cache, progress)
         base, slower = first.student, {**slower, **first.slower}
         wanted = tuple(replace(one, shares=first.shares(one.shares)) for one in wanted)
-    progress.stage("capture, find what may be cut", len(names))
-    known: dict[str, Found] = {}
-    for name in names:
-        known[name] = find(capture(base.components[name]))
-        progress.advance()
+    _, known = captured(base, names, progress)
     probe = Probe.of(base, options.samples, options.steps)
 
     def ranks(part: Component, spaces: Spaces) -> dict[str, Sequence[float]]:
